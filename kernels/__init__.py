@@ -1,0 +1,5 @@
+"""The mhc op set: specifications, constraints, references and the ops themselves."""
+
+if __name__ != "mhc_compile.kernels":
+    raise ImportError(f"import it as mhc_compile.kernels, not {__name__!r}: the folder lies at the root of "
+                      "the checkout but installs inside mhc_compile")

@@ -1,0 +1,111 @@
+"""`MHCConfig`: every choice a user has, checked when it is made."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from mhc_compile.errors import ConfigError, KernelError
+from mhc_compile.kernels.constraints import constraint_named
+from mhc_compile.kernels.spec import SiteSpec
+
+Collapse = Literal["mean", "sum", "learned"]
+Init = Literal["preserve", "paper"]
+Inner = Literal["inductor", "aot_eager", "eager"]
+OnEager = Literal["raise", "warn", "ignore"]
+_CHOICES = {"collapse": Collapse, "init": Init, "inner": Inner, "on_eager": OnEager}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MHCConfig:
+    """How a model is widened to n residual streams, and how the result is compiled.
+
+    Raises:
+        ConfigError: a value is not allowed; the message lists what is.
+
+    Reference:
+        arXiv 2512.24880 (the paper); arXiv 2409.19606 for ``constraint="none"``.
+    """
+
+    streams: int = 4
+    """Number n of residual streams, 1 to 16. 1 leaves every residual add as it is."""
+    constraint: str = "sinkhorn"
+    """How H_res is constrained: "sinkhorn" (the paper), "sinkhorn_softmax" (DeepSeek-V4's form),
+    "identity", "none" (hyper-connections), "permutations" (mHC-lite), "kronecker" (KromHC),
+    "orthogonal" (Cayley)."""
+    sinkhorn_iters: int = 20
+    """Column-then-row normalisations of the two Sinkhorn constraints."""
+    sinkhorn_eps: float | None = None
+    """Added to each Sinkhorn divisor; None takes the constraint's own (0, or 1e-6 for
+    "sinkhorn_softmax")."""
+    pre_eps: float | None = None
+    """Added to the sigmoid of H_pre; None takes the constraint's own (0, or 1e-6 for
+    "sinkhorn_softmax")."""
+    norm_eps: float = 1e-6
+    """Inside the root of the RMS norm of the streams, equation (15)."""
+    dynamic: bool = True
+    """Mappings depend on the token (phi, alpha and bias); False keeps the static bias alone."""
+    collapse: Collapse = "mean"
+    """How the streams become one again at the end of a trunk."""
+    init: Init = "preserve"
+    """"preserve" leaves the model's outputs unchanged; "paper" is the paper's appendix A.6."""
+    include: tuple[str, ...] = ("*",)
+    """Only sites whose name (``layers.3.add0``) matches one of these shell patterns."""
+    exclude: tuple[str, ...] = ()
+    """Of those, none whose name matches one of these."""
+    inner: Inner = "inductor"
+    """What compiles the rewritten graph."""
+    on_eager: OnEager = "raise"
+    """What a converted model does when it is called without the "mhc" backend."""
+
+    def __post_init__(self) -> None:
+        """Check every field; see `ConfigError`."""
+        for name, kind in _CHOICES.items():
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not allowed: use one of {', '.join(allowed)}")
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(p, str) for p in value):
+                raise ConfigError(f"{name}={value!r} is not allowed: give a tuple of shell patterns")
+            object.__setattr__(self, name, tuple(value))
+        if self.collapse == "sum" and self.init == "preserve":
+            raise ConfigError(
+                f"collapse='sum' multiplies the trunk by {self.streams} and so cannot preserve the "
+                "model's outputs: use collapse='mean', or init='paper'"
+            )
+        self.spec()
+
+    def spec(self, dim: int = -1) -> SiteSpec:
+        """The specification of one site whose channel axis is ``dim`` (counted from the end)."""
+        try:
+            constraint = constraint_named(self.constraint)
+            constraint.check(self.streams)
+            return SiteSpec(
+                streams=self.streams,
+                constraint=self.constraint,
+                iters=self.sinkhorn_iters,
+                sinkhorn_eps=_or(self.sinkhorn_eps, constraint.default_eps),
+                pre_eps=_or(self.pre_eps, constraint.default_eps),
+                norm_eps=self.norm_eps,
+                dynamic=self.dynamic,
+                dim=dim,
+            )
+        except KernelError as error:
+            raise ConfigError(str(error)) from error
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Self:
+        """The configuration that ``torch.compile(..., options=...)`` asks for.
+
+        Raises:
+            ConfigError: an unknown option, or a value that is not allowed.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options or ()) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(unknown)}: the mhc backend knows {', '.join(known)}")
+        return cls(**(options or {}))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

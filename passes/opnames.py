@@ -1,0 +1,75 @@
+"""One name for an operation, however the graph spells it.
+
+Dynamo graphs hold Python functions, ``torch`` builtins, methods and modules; exported graphs hold
+ATen overloads. Passes compare `op_name`, so that ``x + y``, ``torch.add``, ``x.add_`` and
+``aten.add.Tensor`` are all ``"add"``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+# F.max_pool2d and friends are closures of boolean_dispatch: their __name__ is "fn".
+_BY_OBJECT = {
+    getattr(F, f"{kind}_pool{d}d"): f"{kind}_pool{d}d"
+    for kind in ("max", "adaptive_max", "fractional_max")
+    for d in (1, 2, 3)
+    if hasattr(F, f"{kind}_pool{d}d")
+}
+
+# Python's and torch's second names for one operation.
+_ALIASES = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "imatmul": "matmul",
+    "truediv": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "pow_": "pow",
+    "ipow": "pow",
+    "invert": "bitwise_not",
+}
+_IN_PLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", "ipow"})
+
+
+def raw_name(node: Node) -> str:
+    """The operation's own name: ``iadd``, ``add_``, ``linear``; "" for a node that computes nothing."""
+    target = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op == "call_module":
+        return "call_module"
+    if node.op != "call_function":
+        return ""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        schema = target._schema if isinstance(target, torch._ops.OpOverload) else None
+        qualified = schema.name if schema is not None else target._qualified_op_name
+        namespace, _, name = qualified.partition("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    known = _BY_OBJECT.get(target)
+    return known if known is not None else str(getattr(target, "__name__", target))
+
+
+def op_name(node: Node) -> str:
+    """The operation without its spelling: ``add`` for ``iadd``, ``add_``, ``torch.add``, ``aten.add``."""
+    name = raw_name(node)
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _ALIASES.get(name, name)
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether the node writes its first argument: ``x += f``, ``x.add_(f)``, ``relu(x, inplace=True)``."""
+    name = raw_name(node)
+    if name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    return name.endswith("_") and not name.endswith("__")
