@@ -48,7 +48,10 @@ def test_each_link_resolves_to_the_folder_it_is_mapped_to(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", ["passes", "kernels"])
-def test_importing_a_room_from_the_root_fails_with_the_advice(room: str) -> None:
+def test_importing_a_room_from_the_root_fails_with_the_advice(
+    room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, room, raising=False)
     with pytest.raises(ImportError, match=f"import it as mhc_compile.{room}"):
         importlib.import_module(room)
 

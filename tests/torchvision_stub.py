@@ -9,13 +9,12 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from importlib.util import find_spec
 
 
 class _Anything(types.ModuleType):
     """A module in which every public name is an empty class."""
 
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -60,10 +59,13 @@ def _stand_in() -> Iterator[None]:
 
 
 def import_timm() -> types.ModuleType:
-    """Timm, imported beside a stand-in where torchvision is not installed."""
-    if "timm" not in sys.modules and find_spec("torchvision") is None:
-        with _stand_in():
-            import timm  # noqa: F401
+    """Timm, imported beside a stand-in where torchvision does not work."""
+    if "timm" not in sys.modules:
+        try:
+            import torchvision  # noqa: F401
+        except (ImportError, RuntimeError):  # absent, or built against another torch
+            with _stand_in():
+                import timm
     import timm
 
     return timm
