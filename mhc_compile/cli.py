@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from mhc_compile import explain  # torch and the passes load only when there is work
+    from mhc_compile import explain  # --help and usage errors answer without the passes
 
     with progress("explain") as tell:
         model, args, kwargs = _build(options, tell)
