@@ -1,0 +1,37 @@
+"""No constraint: hyper-connections as first published, arXiv 2409.19606."""
+
+from typing import ClassVar
+
+import torch
+
+from mhc_compile.kernels.constraints.base import Constraint, Gate
+from mhc_compile.kernels.spec import SiteSpec
+
+
+class Unconstrained(Constraint):
+    """``H_res = alpha tanh(z / r) + bias`` entry by entry, from streams normed one by one.
+
+    That paper writes the mixing transposed, ``A_r[in, out]``.
+    """
+
+    name: ClassVar[str] = "none"
+    gate: ClassVar[Gate] = "tanh"
+    per_stream: ClassVar[bool] = True
+
+    def logits(self, streams: int) -> int:
+        """One number per entry, row-major [out, in]."""
+        return streams * streams
+
+    def matrix(self, logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+        """Make H_res ``[..., n, n]``; see `Constraint.matrix`."""
+        return logits.reshape(*logits.shape[:-1], spec.streams, spec.streams)
+
+    def matrix_backward(
+        self, grad: torch.Tensor, logits: torch.Tensor, spec: SiteSpec
+    ) -> torch.Tensor:
+        """The gradient, flattened."""
+        return grad.flatten(-2)
+
+    def initial_bias(self, streams: int, init: str) -> torch.Tensor:
+        """The identity, for either ``init``."""
+        return torch.eye(streams, dtype=torch.float64).flatten()

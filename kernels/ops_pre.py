@@ -1,0 +1,295 @@
+"""``mhc::pre``: read a branch input out of the streams and make the site's mappings.
+
+With equation numbers of arXiv 2512.24880:
+
+(14) to (16): ``z = vec(X) phi``, ``r = rms(vec(X))``, ``h = alpha z / r + bias``;
+(17) to (19): ``H_pre = sigmoid(h_pre)``, ``H_post = 2 sigmoid(h_post)``, ``H_res`` from h_res by
+the constraint; then ``u = sum_i H_pre[i] X_i``.
+"""
+
+from typing import Any
+
+import torch
+
+from mhc_compile.errors import KernelError
+from mhc_compile.kernels.coefficients import (
+    affine,
+    affine_backward,
+    gate_weights,
+    gate_weights_backward,
+    normalised,
+    project,
+    project_backward,
+)
+from mhc_compile.kernels.constraints import constraint_of
+from mhc_compile.kernels.constraints.base import Constraint
+from mhc_compile.kernels.layout import (
+    check_state,
+    check_tensor,
+    coefficient_dtype,
+    narrow_shape,
+    narrow_to_tokens,
+    state_to_tokens,
+    token_shape,
+    tokens_to_narrow,
+    tokens_to_state,
+)
+from mhc_compile.kernels.spec import SiteSpec
+
+Shapes = tuple[list[int], list[int], list[int]]
+
+
+def _groups(site: SiteSpec, constraint: Constraint) -> list[int]:
+    return [site.streams, site.streams, constraint.logits(site.streams)]
+
+
+def _check(
+    op: str,
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    site: SiteSpec,
+) -> None:
+    constraint = constraint_of(site)
+    check_state(op, X, site.streams, site.dim)
+    n, channels, width = site.streams, X.shape[site.dim], sum(_groups(site, constraint))
+    check_tensor(op, "bias", bias, [width], X)
+    if (phi is None) != (alpha is None) or site.dynamic != (phi is not None):
+        raise KernelError(
+            f"{op}: phi is {'absent' if phi is None else 'given'}, alpha "
+            f"{'absent' if alpha is None else 'given'} and the specification says "
+            f"dynamic={site.dynamic}; dynamic mappings take both, static ones neither"
+        )
+    if phi is not None and alpha is not None:
+        per_stream = constraint.per_stream
+        shape = [channels, width // n] if per_stream else [n * channels, width]
+        check_tensor(op, "phi", phi, shape, X)
+        check_tensor(op, "alpha", alpha, [3], X)
+
+
+def _coefficient_shapes(X: torch.Tensor, site: SiteSpec) -> Shapes:
+    """Shapes of h_post, h_res and saved."""
+    n, constraint = site.streams, constraint_of(site)
+    if not site.dynamic:
+        return [n], [n, n], [0]
+    tokens = token_shape(X.shape, site.dim)
+    norms = n if constraint.per_stream else 1
+    mixed_tokens = tokens if constraint.mixes else []
+    saved = [*tokens, sum(_groups(site, constraint)) + norms]
+    return [*tokens, n], [*mixed_tokens, n, n], saved
+
+
+@torch.library.custom_op("mhc::pre", mutates_args=())
+def pre(
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pre-mix the streams and compute the mappings of one site.
+
+    Args:
+        X: the state, ``[..., n, C]`` (`mhc_compile.kernels.layout` has the other layouts).
+        phi: ``[n * C, m]`` with columns [pre n | post n | res k], res row-major [out, in]; for a
+            ``per_stream`` constraint ``[C, n + 2]``, columns [pre, post, res of each out]. None for
+            static mappings.
+        bias: ``[m]``, ``m = 2 n + k``, in that order.
+        alpha: ``[3]``, the scales of pre, post and res; None for static mappings.
+        spec: `SiteSpec.encode`.
+
+    Returns:
+        ``u`` of the un-widened shape and the dtype of ``X``; ``h_post`` ``[tokens..., n]`` and
+        ``h_res`` ``[tokens..., n, n]`` [out, in], float32 (float64 if ``X`` is), without the token
+        axes if static, ``h_res`` also if the constraint does not mix; ``saved``
+        ``[tokens..., p]``, z and 1/r for the backward, empty if static.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit, or the constraint refuses n.
+    """
+    site = SiteSpec.decode(spec)
+    _check("mhc::pre", X, phi, bias, alpha, site)
+    constraint, dtype = constraint_of(site), coefficient_dtype(X)
+    with torch.autocast(X.device.type, enabled=False):
+        x = state_to_tokens(X, site.dim, dtype)
+        saved = x.new_empty(0)
+        if phi is not None:
+            saved = project(x, phi.to(dtype), site.norm_eps, constraint.per_stream)
+        _, (pre_logits, post_logits, res_logits) = _logits(saved, bias, alpha, site)
+        h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + site.pre_eps
+        h_post = gate_weights(post_logits, 2.0, constraint.gate)
+        h_res = constraint.matrix(res_logits, site)
+        u = (h_pre[:, None] @ x).squeeze(1)
+    post_shape, res_shape, saved_shape = _coefficient_shapes(X, site)
+    return (
+        tokens_to_narrow(u, narrow_shape(X.shape, site.dim), site.dim, X.dtype),
+        # Static and unconstrained mappings can be views of the bias; an op's outputs must not be.
+        h_post.reshape(post_shape).clone(memory_format=torch.contiguous_format),
+        h_res.reshape(res_shape).clone(memory_format=torch.contiguous_format),
+        saved.reshape(saved_shape),
+    )
+
+
+def _logits(
+    saved: torch.Tensor, bias: torch.Tensor, alpha: torch.Tensor | None, site: SiteSpec
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]:
+    """The normalised products (None if static), and pre, post and res logits ``[T or 1, .]``."""
+    constraint = constraint_of(site)
+    groups = _groups(site, constraint)
+    bias = bias.to(saved.dtype)
+    if alpha is None:
+        return None, torch.split(bias[None], groups, -1)
+    hidden = normalised(saved, sum(groups))
+    h = affine(hidden, bias, alpha.to(saved.dtype), groups, constraint.gate)
+    pre_logits, post_logits, res_logits = torch.split(h, groups, -1)
+    # Without mixing there is one h_res for all tokens.
+    return hidden, (pre_logits, post_logits, res_logits if constraint.mixes else bias[None, :0])
+
+
+@pre.register_fake
+def _(
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    site = SiteSpec.decode(spec)
+    _check("mhc::pre", X, phi, bias, alpha, site)
+    h_post, h_res, saved = (
+        X.new_empty(shape, dtype=coefficient_dtype(X)) for shape in _coefficient_shapes(X, site)
+    )
+    return X.new_empty(narrow_shape(X.shape, site.dim)), h_post, h_res, saved
+
+
+@torch.library.custom_op("mhc::pre_backward", mutates_args=())
+def pre_backward(
+    du: torch.Tensor,
+    dh_post: torch.Tensor,
+    dh_res: torch.Tensor,
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `pre` from those of its first three outputs; reads the state once.
+
+    Args:
+        du: gradient of ``u``.
+        dh_post: gradient of ``h_post``.
+        dh_res: gradient of ``h_res``.
+        X: as given to `pre`, like ``phi``, ``bias``, ``alpha`` and ``spec``.
+        phi: see there.
+        bias: see there.
+        alpha: see there.
+        saved: fourth output of `pre`.
+        spec: see there.
+
+    Returns:
+        Gradients of ``X``, ``phi``, ``bias`` and ``alpha``, each in the dtype of its tensor; empty
+        for what is None.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit.
+    """
+    site = SiteSpec.decode(spec)
+    _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
+    constraint, dtype = constraint_of(site), coefficient_dtype(X)
+    n, groups = site.streams, _groups(site, constraint)
+    with torch.autocast(X.device.type, enabled=False):
+        x = state_to_tokens(X, site.dim, dtype)
+        g = narrow_to_tokens(du, site.dim, dtype)
+        flat_saved = saved.reshape(x.shape[0], saved.shape[-1]) if site.dynamic else saved
+        hidden, (pre_logits, post_logits, res_logits) = _logits(flat_saved, bias, alpha, site)
+
+        h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + site.pre_eps
+        grad_x = h_pre[..., None] * g[:, None]
+        grad_pre = (x @ g[..., None]).squeeze(-1)
+        if hidden is None:
+            grad_pre = grad_pre.sum(0, keepdim=True)
+        grad_res = constraint.matrix_backward(dh_res.to(dtype).reshape(-1, n, n), res_logits, site)
+        grad_h = torch.cat(
+            (
+                gate_weights_backward(grad_pre, pre_logits, 1.0, constraint.gate),
+                gate_weights_backward(
+                    dh_post.to(dtype).reshape(-1, n), post_logits, 2.0, constraint.gate
+                ),
+                grad_res if constraint.mixes else grad_pre[:, :0],
+            ),
+            -1,
+        )
+        if hidden is None or phi is None or alpha is None:
+            grad_phi, grad_bias, grad_alpha = x.new_empty(0), grad_h[0], x.new_empty(0)
+        else:
+            grad_hidden, grad_bias, grad_alpha = affine_backward(
+                grad_h, hidden, alpha.to(dtype), groups, constraint.gate
+            )
+            through_phi, grad_phi = project_backward(
+                grad_hidden, flat_saved, x, phi.to(dtype), constraint.per_stream
+            )
+            grad_x = grad_x + through_phi
+            grad_phi, grad_alpha = grad_phi.to(phi.dtype), grad_alpha.to(alpha.dtype)
+    return tokens_to_state(grad_x, X, site.dim), grad_phi, grad_bias.to(bias.dtype), grad_alpha
+
+
+def _check_backward(
+    du: torch.Tensor,
+    dh_post: torch.Tensor,
+    dh_res: torch.Tensor,
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    site: SiteSpec,
+) -> None:
+    op = "mhc::pre_backward"
+    _check(op, X, phi, bias, alpha, site)
+    check_tensor(op, "du", du, narrow_shape(X.shape, site.dim), X)
+    named = {"dh_post": dh_post, "dh_res": dh_res, "saved": saved}
+    for (name, tensor), shape in zip(named.items(), _coefficient_shapes(X, site), strict=True):
+        check_tensor(op, name, tensor, shape, X)
+
+
+@pre_backward.register_fake
+def _(
+    du: torch.Tensor,
+    dh_post: torch.Tensor,
+    dh_res: torch.Tensor,
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, SiteSpec.decode(spec))
+    empty = X.new_empty(0, dtype=coefficient_dtype(X))
+    return (
+        X.new_empty(X.shape),
+        empty if phi is None else phi.new_empty(phi.shape),
+        bias.new_empty(bias.shape),
+        empty.clone() if alpha is None else alpha.new_empty(alpha.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    X, phi, bias, alpha, ctx.spec = inputs
+    saved = output[3]
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(X, phi, bias, alpha, saved)
+
+
+def _backward(
+    ctx: Any, du: torch.Tensor, dh_post: torch.Tensor, dh_res: torch.Tensor, _: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    X, phi, bias, alpha, saved = ctx.saved_tensors
+    grads = pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, ctx.spec)
+    static = phi is None
+    return grads[0], None if static else grads[1], grads[2], None if static else grads[3], None
+
+
+pre.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,124 @@
+"""`SiteSpec`: everything static about one mHC site, and its text form.
+
+Custom ops take tensors, numbers and strings, so a site travels through graphs as the short text
+that `SiteSpec.encode` writes and `SiteSpec.decode` reads.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from mhc_compile.errors import KernelError
+
+MAX_STREAMS = 16
+"""Largest number of residual streams."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteSpec:
+    """What the ops of one residual site need to know besides their tensors.
+
+    A tensor of shape ``s`` with its channels on axis ``dim`` becomes a state of shape
+    ``s[:dim] + (n,) + s[dim:]``: the stream axis stands directly before the channel axis.
+
+    Raises:
+        KernelError: a value is out of range.
+    """
+
+    streams: int
+    """Number n of residual streams, 1 to `MAX_STREAMS`."""
+    constraint: str = "sinkhorn"
+    """Name of the manifold of H_res, see `mhc_compile.kernels.constraints`."""
+    iters: int = 20
+    """Column-then-row normalisations of the two Sinkhorn constraints."""
+    sinkhorn_eps: float = 0.0
+    """Added to Sinkhorn divisors."""
+    pre_eps: float = 0.0
+    """Added to the gate of H_pre and of the learned collapse."""
+    norm_eps: float = 1e-6
+    """Inside the root of the RMS norm; 0 leaves an all-zero token undefined."""
+    dynamic: bool = True
+    """Mappings depend on the token; otherwise they are the bias alone."""
+    dim: int = -1
+    """Channel axis of the un-widened tensor, counted from the end."""
+
+    def __post_init__(self) -> None:
+        """Check every field; see the class."""
+        _check_integer("streams", self.streams, 1, MAX_STREAMS)
+        _check_integer("iters", self.iters, 1, math.inf)
+        _check_integer("dim", self.dim, -math.inf, -1)
+        if not isinstance(self.dynamic, bool):
+            raise KernelError(f"dynamic={self.dynamic!r} is not allowed: use True or False")
+        if not isinstance(self.constraint, str) or not self.constraint.isidentifier():
+            raise KernelError(f"constraint={self.constraint!r} is not allowed: give its name")
+        for name in ("sinkhorn_eps", "pre_eps", "norm_eps"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < 0:
+                raise KernelError(f"{name}={value!r} is not allowed: use a finite number >= 0")
+            object.__setattr__(self, name, float(value))
+
+    def encode(self) -> str:
+        """Write the specification as text; fields at their default are left out.
+
+        >>> SiteSpec(streams=4, dim=-3).encode()
+        'n=4 constraint=sinkhorn dim=-3'
+        """
+        words = [f"n={self.streams}", f"constraint={self.constraint}"]
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(f"{field.name}={value!r}")
+        return " ".join(words)
+
+    @staticmethod
+    def decode(text: str) -> "SiteSpec":
+        """Read what `encode` wrote; equal texts give the same object.
+
+        Raises:
+            KernelError: the text is not a specification.
+        """
+        return _decode(text)
+
+
+@lru_cache(maxsize=1024)
+def _decode(text: str) -> SiteSpec:
+    values: dict[str, Any] = {}
+    for word in text.split():
+        key, _, value = word.partition("=")
+        name = "streams" if key == "n" else key
+        if name not in _READERS or name in values:
+            raise KernelError(f"{word!r} has no place in the site specification {text!r}")
+        try:
+            values[name] = _READERS[name](value)
+        except ValueError as error:
+            raise KernelError(f"{word!r} cannot be read in the specification {text!r}") from error
+    if "streams" not in values:
+        raise KernelError(f"{text!r} is no site specification: it lacks the streams, as in 'n=4'")
+    return SiteSpec(**values)
+
+
+def _read_bool(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "streams": int,
+    "constraint": str,
+    "iters": int,
+    "sinkhorn_eps": float,
+    "pre_eps": float,
+    "norm_eps": float,
+    "dynamic": _read_bool,
+    "dim": int,
+}
+
+
+def _check_integer(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        bounds = [f">= {low}"] * math.isfinite(low) + [f"<= {high}"] * math.isfinite(high)
+        raise KernelError(f"{name}={value!r} is not allowed: use an integer {' and '.join(bounds)}")
