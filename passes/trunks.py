@@ -6,7 +6,7 @@ trunk: linear, convolution, pooling, attention, cat, split, slice, any change of
 starts a trunk of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from torch.fx import Node
 
@@ -27,11 +27,11 @@ def branch_nodes(index: FlowIndex, site: ResidualSite) -> tuple[Node, ...]:
 def link_sites(index: FlowIndex, sites: Sequence[ResidualSite]) -> tuple[Link, ...]:
     """One link for each site, in their order."""
     roots = {site.root: i for i, site in enumerate(sites)}
-    moving = _moving(index, roots)
+    search = RootSearch(index, roots)
     claims: dict[int, list[int]] = {}
     for i, site in enumerate(sites):
         if site.form != "projection":
-            root = _root_above(index, site.origin, roots, moving)
+            root = search.above(site.origin)
             if root is not None:
                 claims.setdefault(roots[root], []).append(i)
     previous = {_heir(index, sites, heirs): before for before, heirs in claims.items()}
@@ -77,31 +77,37 @@ def _span(index: FlowIndex, site: ResidualSite) -> int:
     return index.position[site.root] - index.position[site.origin]
 
 
-def _moving(index: FlowIndex, roots: dict[Node, int]) -> set[Node]:
-    """What varies, and what descends from a site: a trunk may start from a constant."""
-    moving: set[Node] = set()
-    for node in index.nodes:
-        if node in roots or index.varies(node) or not moving.isdisjoint(index.inputs(node)):
-            moving.add(node)
-    return moving
+class RootSearch:
+    """Follows a trunk upwards: which site's sum a value stems from, through what acts on it alone."""
 
+    def __init__(self, index: FlowIndex, roots: Container[Node]) -> None:
+        self._index = index
+        self._roots = roots
+        # What varies, and what descends from a site: a trunk may start from a constant.
+        self._moving: set[Node] = set()
+        for node in index.nodes:
+            if (
+                node in roots
+                or index.varies(node)
+                or not self._moving.isdisjoint(index.inputs(node))
+            ):
+                self._moving.add(node)
 
-def _root_above(
-    index: FlowIndex, origin: Node, roots: dict[Node, int], moving: set[Node]
-) -> Node | None:
-    node = origin
-    while node not in roots:
-        if mixes(node) or op_name(node) in _SPLITS:
-            return None
-        inputs = [n for n in index.inputs(node) if n in moving]
-        above = min(inputs, key=index.position.__getitem__, default=None)
-        # x * rsqrt(mean(x * x)): the trunk is the input that the others are computed from
-        if above is None or not all(index.depends(n, above) for n in inputs if n is not above):
-            return None
-        if is_tensor(above) and is_tensor(node) and numel(above) != numel(node):
-            return None
-        node = above
-    return node
+    def above(self, value: Node) -> Node | None:
+        """The root that ``value`` stems from (or is); None if something ends the trunk in between."""
+        index, node = self._index, value
+        while node not in self._roots:
+            if mixes(node) or op_name(node) in _SPLITS:
+                return None
+            inputs = [n for n in index.inputs(node) if n in self._moving]
+            above = min(inputs, key=index.position.__getitem__, default=None)
+            # x * rsqrt(mean(x * x)): the trunk is the input that the others are computed from
+            if above is None or not all(index.depends(n, above) for n in inputs if n is not above):
+                return None
+            if is_tensor(above) and is_tensor(node) and numel(above) != numel(node):
+                return None
+            node = above
+        return node
 
 
 def _heir(index: FlowIndex, sites: Sequence[ResidualSite], heirs: list[int]) -> int:
