@@ -1,0 +1,39 @@
+# Everything runs in .venv, which is built on first use and again when its inputs change.
+# Needs Python >= 3.11 (with venv and headers) and a C++ compiler; nothing else.
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3,\
+  $(if $(shell $(p) -c 'import sys; print(1) if sys.version_info >= (3, 11) else None' 2>/dev/null),$(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-all lint clean
+
+# The graphs of a transformers GPT-2 before and after, then a short training of three small GPTs.
+demo: $(STAMP)
+	$(BIN)/mhc-compile dump hf:gpt2 --out mhc_dump/gpt2
+	$(BIN)/python examples/train_gpt.py --steps 60
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not bench"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not bench"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# timm and diffusers serve as test models only. Without their dependencies, because torchvision has to
+# match torch exactly and nothing of it is used (tests put a stand-in in place while timm imports).
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,test]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps timm diffusers
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist mhc_dump *.egg-info

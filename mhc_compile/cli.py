@@ -1,0 +1,186 @@
+"""The command ``mhc-compile``.
+
+Exit status: 0 all is well; 1 a checked property does not hold, a model is not supported, or nothing
+was found with ``--require-match``; 2 bad usage.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhc_compile.config import MHCConfig
+from mhc_compile.errors import ConfigError, MHCError, MHCWarning
+from mhc_compile.render import progress, show, show_error
+from mhc_compile.tables import report_tables, summary_line, verify_tables
+from mhc_compile.targets import Built, build_target, parse_settings
+
+_TARGET_HELP = """\
+package.module:function or file.py:function (returns (model, args) or (model, args, kwargs)),
+hf:MODEL_TYPE (a small transformers model), timm:NAME; random weights, nothing is downloaded"""
+
+# Flag -> field of MHCConfig. What a value may be is for MHCConfig to say.
+_CONFIG_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "--streams": ("streams", int, "number of residual streams"),
+    "--constraint": ("constraint", str, "manifold of H_res"),
+    "--iters": ("sinkhorn_iters", int, "Sinkhorn iterations"),
+    "--sinkhorn-eps": ("sinkhorn_eps", float, "added to Sinkhorn divisors"),
+    "--pre-eps": ("pre_eps", float, "added to the gate of H_pre"),
+    "--norm-eps": ("norm_eps", float, "inside the root of the RMS norm"),
+    "--collapse": ("collapse", str, "how the streams become one again"),
+    "--init": ("init", str, "initialisation of the new parameters"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    options = _parser().parse_args(argv)
+    warnings.simplefilter("default", MHCWarning)
+    try:
+        status: int = options.run(options)
+    except MHCError as error:
+        if options.debug:
+            raise
+        show_error(str(error))
+        return 2 if isinstance(error, ConfigError) else 1
+    return status
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from mhc_compile import explain  # --help and usage errors answer without the passes
+
+    with progress("explain") as tell:
+        model, args, kwargs = _build(options, tell)
+        tell("looking for residual sites")
+        report = explain(model, *args, config=_config(options), **kwargs)
+    if options.json:
+        print(report.to_json())
+    else:
+        tables = report_tables(report, every_add=options.all)
+        show(summary_line(report), tables, report.notes)
+    return _require_match(options, found=bool(report.converted))
+
+
+def _dump(options: argparse.Namespace) -> int:
+    from mhc_compile.dump import write_dump
+    from mhc_compile.inspection import trace_stages
+
+    with progress("dump") as tell:
+        model, args, kwargs = _build(options, tell)
+        tell("rewriting")
+        report, stages = trace_stages(model, *args, config=_config(options), **kwargs)
+        tell("writing")
+        files = write_dump(options.out, stages, report)
+    if options.json:
+        print(json.dumps({"files": [str(file) for file in files]}, indent=2))
+    else:
+        written = [f"{len(files)} files in {options.out}; start with before_after.diff"]
+        show(summary_line(report), (), [*report.notes, *written])
+    return _require_match(options, found=bool(report.converted))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from mhc_compile.verify import verify
+
+    with progress("verify") as tell:
+        config = _config(options)
+        report = verify(lambda: _build(options, tell), config, tell=tell)
+    if options.json:
+        print(report.to_json())
+    else:
+        outcome = "all properties hold" if report.passed else "a property does not hold"
+        show(f"{report.model}: {outcome}", verify_tables(report))
+    report.raise_if_failed()
+    return 0
+
+
+def _build(options: argparse.Namespace, tell: Callable[[str], None]) -> Built:
+    tell(f"building {options.target}")
+    return build_target(options.target, parse_settings(options.settings))
+
+
+def _config(options: argparse.Namespace) -> MHCConfig:
+    """The fields that were named on the command line; all others keep their default."""
+    names = [field for field, _, _ in _CONFIG_FLAGS.values()] + ["include", "exclude", "dynamic"]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return MHCConfig(**given)
+
+
+def _require_match(options: argparse.Namespace, *, found: bool) -> int:
+    if options.require_match and not found:
+        show_error(f"{options.target} has no residual site that can be converted")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mhc-compile",
+        description="Manifold-constrained hyper-connections for the residual adds of any model.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    explain = _verb(verbs, "explain", _explain, "list residual sites, trunks and other adds")
+    explain.add_argument("--all", action="store_true", help="list every other add, not examples")
+
+    dump = _verb(verbs, "dump", _dump, "write the graphs before and after each pass")
+    dump.add_argument("--out", type=Path, default=Path("mhc_dump"), help="folder (%(default)s)")
+
+    for verb in (explain, dump):
+        verb.add_argument(
+            "--require-match", action="store_true", help="exit with 1 if no site can be converted"
+        )
+
+    _verb(verbs, "verify", _verify, "check that conversion keeps the function and its gradients")
+    return parser
+
+
+def _verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    parser.add_argument("target", metavar="TARGET", help=_TARGET_HELP)
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a size or option of the target, such as num_hidden_layers=4; repeatable",
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    config = parser.add_argument_group("configuration (fields of MHCConfig)")
+    for flag, (field, kind, meaning) in _CONFIG_FLAGS.items():
+        metavar = flag.rpartition("-")[2].upper()
+        config.add_argument(flag, dest=field, type=kind, metavar=metavar, help=meaning)
+    config.add_argument(
+        "--static",
+        dest="dynamic",
+        action="store_const",
+        const=False,
+        help="mappings that do not depend on the token",
+    )
+    for field in ("include", "exclude"):
+        config.add_argument(
+            f"--{field}",
+            action="append",
+            metavar="PATTERN",
+            help=f"{field} sites whose name matches this shell pattern; repeatable",
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Results as tables: what the command line shows, before anything decides how it looks.
+
+`mhc_compile.render` draws a `Table` on a terminal; `to_text` writes it for files and pipes, with
+the same bytes for the same report.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mhc_compile.report import Report, Site
+from mhc_compile.verify import VerifyReport
+
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A title, the names of the columns, and rows of texts of that length."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def summary_line(report: Report) -> str:
+    """One sentence: how many sites and trunks, and what was not taken."""
+    taken, left = report.converted, report.left
+    verb = "converted" if any(site.status == "converted" for site in taken) else "found"
+    text = (
+        f"{report.model}: {count(len(taken), 'residual site')} {verb} "
+        f"in {count(len(report.trunks), 'trunk')}"
+    )
+    if left:
+        text += f", {len(left)} left as {'it was' if len(left) == 1 else 'they were'}"
+    text += f", {count(len(report.rejected), 'other add')}, {count(report.graphs, 'graph')}"
+    parameters = sum(site.parameters for site in taken)
+    return f"{text}, {parameters:,} new parameters" if parameters else text
+
+
+def report_tables(report: Report, *, every_add: bool = False) -> list[Table]:
+    """The tables of a report: trunks, sites, other adds.
+
+    Args:
+        report: what `mhc_compile.explain` or `mhc_compile.convert_` returned.
+        every_add: list each rejected add, instead of a count and examples for each clause.
+    """
+    tables = [_trunks(report), _sites(report.sites), _rejected(report, every_add)]
+    return [table for table in tables if table.rows]
+
+
+def report_text(report: Report) -> str:
+    """The whole report as plain text: summary, tables, notes."""
+    parts = [summary_line(report), *map(to_text, report_tables(report, every_add=True))]
+    parts += [f"note: {note}" for note in report.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_text(table: Table) -> str:
+    """The table in aligned columns, without colours or lines; no trailing newline."""
+    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (table.columns, *table.rows)
+    ]
+    return "\n".join([table.title, *lines])
+
+
+def count(number: int, noun: str) -> str:
+    """``"1 site"``, ``"12 sites"``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _trunks(report: Report) -> Table:
+    rows = [
+        (
+            str(trunk.index),
+            str(len(trunk.sites)),
+            str(trunk.width),
+            trunk.entry,
+            str(trunk.readers),
+            ", ".join(trunk.on_trunk),
+            _span(trunk.sites),
+        )
+        for trunk in report.trunks
+    ]
+    columns = ("trunk", "sites", "width", "entry", "readers", "on the trunk", "from .. to")
+    return Table(title="Trunks", columns=columns, rows=tuple(rows))
+
+
+def _span(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+
+
+def _sites(sites: Sequence[Site]) -> Table:
+    rows = [
+        (
+            site.name,
+            site.form,
+            ", ".join(site.traits),
+            site.source,
+            _shape(site.shape),
+            "" if site.trunk < 0 else str(site.trunk),
+            f"left: {site.reason}" if site.status == "left" else site.status,
+        )
+        for site in sites
+    ]
+    columns = ("site", "form", "traits", "source", "shape", "trunk", "status")
+    return Table(title="Residual sites", columns=columns, rows=tuple(rows))
+
+
+def _rejected(report: Report, every_add: bool) -> Table:
+    if every_add:
+        columns: tuple[str, ...] = ("source", "module", "shape", "clause", "reason")
+        rows = [
+            (add.source, add.owner, _shape(add.shape), add.clause, add.reason)
+            for add in report.rejected
+        ]
+        return Table(title="Adds that are no residual", columns=columns, rows=tuple(rows))
+    groups: dict[str, list[int]] = {}
+    for index, add in enumerate(report.rejected):
+        groups.setdefault(add.clause, []).append(index)
+    rows = []
+    for clause, members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        # dict.fromkeys: a line that runs in every layer is one example
+        sources = list(dict.fromkeys(report.rejected[index].source for index in members))
+        shown = ", ".join(sources[:_EXAMPLES]) + (", ..." if len(sources) > _EXAMPLES else "")
+        rows.append((clause, str(len(members)), shown, report.rejected[members[0]].reason))
+    columns = ("clause", "adds", "for example", "reason of the first")
+    return Table(title="Adds that are no residual", columns=columns, rows=tuple(rows))
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return "x".join(map(str, shape))
+
+
+def verify_tables(report: VerifyReport) -> list[Table]:
+    """The checks of `mhc_compile.verify.verify`, and each site's errors."""
+    checks = [
+        (
+            check.name,
+            f"{check.value:.1e}",
+            f"{check.bound:.0e}",
+            check.detail,
+            "passed" if check.passed else "FAILED",
+        )
+        for check in report.checks
+    ]
+    sites = [
+        (
+            site.name,
+            f"{site.mixing.row_error:.1e}",
+            f"{site.mixing.column_error:.1e}",
+            f"{site.mixing.smallest:.3f}",
+        )
+        for site in report.sites
+    ]
+    return [
+        Table(
+            title="Properties",
+            columns=("property", "error", "bound", "worst at", "result"),
+            rows=tuple(checks),
+        ),
+        Table(
+            title="H_res after its parameters have moved",
+            columns=("site", "row sums - 1", "column sums - 1", "smallest entry"),
+            rows=tuple(sites),
+        ),
+    ]

@@ -1,0 +1,48 @@
+"""One environment for every test: offline, seeded, few threads, one compile cache."""
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read while torch and transformers are imported, so set before they are.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "inductor")
+)
+
+# transformers imports a package "kernels" if it finds one, and our folder of that name lies on the
+# path when tests run from the checkout. A None entry means "there is none".
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# deadline: the first example compiles. derandomize: a failure must be the change's, not the day's.
+settings.register_profile("mhc", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("mhc")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Seed every generator and leave no compiled code to the next test."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global generator is what models under test use
+    torch.manual_seed(0)
+    yield
+    torch.compiler.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
