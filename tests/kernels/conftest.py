@@ -1,6 +1,6 @@
 """Random sites, shared by the tests of the op set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -81,6 +81,15 @@ def _build(
         bias=tensor((width,)),
         alpha=tensor((3,)) if dynamic else None,
     )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only adds waiting, 5 ms per operation on a busy box."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
