@@ -55,6 +55,8 @@ def raw_name(node: Node) -> str:
         return name if namespace == "aten" else f"{namespace}.{name}"
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"higher_order.{target.name()}"
+    if target is getattr:  # x.real, x.mT
+        return str(node.args[1])
     known = _BY_OBJECT.get(target)
     return known if known is not None else str(getattr(target, "__name__", target))
 

@@ -1,0 +1,216 @@
+"""The only module that touches private or undocumented parts of torch.
+
+`tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.source import AttrSource, DictGetItemSource, Source
+from torch._dynamo.source import UnspecializedNNModuleSource as ModuleSource
+from torch._dynamo.source import UnspecializedParamBufferSource as ParameterSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.builder import VariableBuilder
+from torch.fx import Graph, GraphModule, Node
+
+from mhc_compile.errors import UnsupportedGraphError
+
+Compiled = Callable[..., Any]
+_RESUME = "torch_dynamo_resume_in"
+
+
+class Frame:
+    """The Python frame Dynamo is compiling while it calls our backend."""
+
+    def __init__(self, tx: Any, gm: GraphModule) -> None:
+        self._tx = tx
+        self._gm = gm
+        self._sources: dict[int, Source] = {}
+        self.modules: dict[int, nn.Module] = {}
+        """Every module reachable from the frame's variables, by ``id``."""
+        for name, value in self._named_modules():
+            for module in value.modules():
+                self.modules.setdefault(id(module), module)
+            self._sources.setdefault(id(value), name)
+
+    @classmethod
+    def current(cls, gm: GraphModule) -> "Frame":
+        """The frame ``gm`` was captured from.
+
+        Raises:
+            UnsupportedGraphError: the graph does not come straight from Dynamo, or DDP has cut it.
+        """
+        try:
+            tx = InstructionTranslator.current_tx()
+        except (AttributeError, RuntimeError):
+            tx = None
+        if tx is None:
+            raise UnsupportedGraphError(
+                'the "mhc" backend works inside torch.compile only: call torch.compile(model, backend="mhc")'
+            )
+        if gm.graph is not tx.output.graph:
+            raise UnsupportedGraphError(
+                "DistributedDataParallel cut the graph into pieces before the mhc backend saw it, so that no piece "
+                "holds a whole trunk: set torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before "
+                "the first call"
+            )
+        return cls(tx, gm)
+
+    @property
+    def root(self) -> nn.Module | None:
+        """The module whose forward the frame runs; None for a plain function."""
+        code, scope = self._tx.f_code, self._tx.output.local_scope
+        first = scope.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, nn.Module):
+            return first
+        # A resumed frame reorders its variables; a wrapped forward keeps `self` in a closure.
+        found = scope.get("self")
+        return found if isinstance(found, nn.Module) else None
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Path of each module below the frame's own, by ``id``."""
+        return {} if self.root is None else {id(m): name for name, m in self.root.named_modules()}
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a graph break makes this graph only a part of its frame's function."""
+        reason = getattr(self._gm, "compile_subgraph_reason", None)
+        broken = bool(reason is not None and reason.graph_break)
+        return broken or self._tx.f_code.co_name.startswith(_RESUME)
+
+    @property
+    def where(self) -> str:
+        """``function (file:line)`` of the frame, for messages."""
+        code = self._tx.f_code
+        return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+
+    def lift(self, owner: nn.Module, path: Sequence[str], name: str) -> Node:
+        """A placeholder of the captured graph for parameter ``name`` of submodule ``path`` of ``owner``.
+
+        Dynamo itself makes it, with its guards, as if the user's code had read the parameter; it then
+        passes the parameter on every call. Lifting one twice gives the same placeholder.
+        """
+        source, module = self._source_of(owner), owner
+        for key in path:
+            source = ModuleSource(DictGetItemSource(AttrSource(source, "_modules"), key))
+            module = module.get_submodule(key)
+        source = DictGetItemSource(ParameterSource(source, "_parameters"), name)
+        node = VariableBuilder(self._tx, source)(getattr(module, name)).as_proxy().node
+        node._dynamo_source = node.meta["grapharg"].source
+        assert isinstance(node, Node)
+        return node
+
+    def _named_modules(self) -> Iterator[tuple[Source, nn.Module]]:
+        """Modules on the source chain of any input of the graph, and the frame's own variables."""
+        from torch._dynamo.source import LocalSource
+
+        scope = self._tx.output.local_scope
+        for name, value in scope.items():
+            if isinstance(value, nn.Module):
+                yield ModuleSource(LocalSource(name, is_input=True)), value
+        seen: set[str] = set()
+        for node in self._gm.graph.nodes:
+            source = getattr(node, "_dynamo_source", None) if node.op == "placeholder" else None
+            while source is not None and source.name not in seen:
+                seen.add(source.name)
+                value = self._evaluate(source)
+                if isinstance(value, nn.Module):
+                    yield source, value
+                source = getattr(source, "base", None)
+
+    def _evaluate(self, source: Source) -> Any:
+        try:
+            return eval(source.name, {"L": self._tx.output.local_scope, "G": self._tx.output.global_scope})
+        except Exception:  # noqa: BLE001 - sources that are no plain expression name no module of ours
+            return None
+
+    def _source_of(self, owner: nn.Module) -> Source:
+        known = self._sources.get(id(owner))
+        if known is not None:
+            return known
+        for ident, source in list(self._sources.items()):
+            ancestor = self.modules[ident]
+            for path, module in ancestor.named_modules():
+                if module is owner:
+                    for key in path.split("."):
+                        source = ModuleSource(DictGetItemSource(AttrSource(source, "_modules"), key))
+                    self._sources[id(owner)] = source
+                    return source
+        raise UnsupportedGraphError(f"no variable of {self.where} leads to the {type(owner).__name__} that adds")
+
+
+def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy of a captured graph to rewrite, and where each node went.
+
+    Dynamo builds its calls from the given graph after the backend returned: that one must stay whole.
+    """
+    graph = Graph()
+    where: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, where))
+    for old, new in where.items():
+        if old.op == "placeholder":
+            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy, where
+
+
+def example_of(placeholder: Node) -> Any:
+    """The real value Dynamo will pass for a placeholder of its graph."""
+    return placeholder.meta["grapharg"].example
+
+
+def is_module_state(placeholder: Node) -> bool:
+    """Whether a placeholder of a Dynamo graph is a parameter, buffer or other attribute of a module."""
+    grapharg = placeholder.meta.get("grapharg")
+    if grapharg is not None and isinstance(grapharg.example, nn.Parameter):
+        return True
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        if isinstance(source, ModuleSource | ParameterSource):
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def compile_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Compiled:
+    """Inductor's own entry point, with the settings of a ``torch.compile`` mode."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=list_mode_options(mode) if mode else None)  # type: ignore[no-any-return, arg-type]
+
+
+def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
+    """AOTAutograd with its partitioner, and graphs that run operation by operation."""
+    from functorch.compile import min_cut_rematerialization_partition, nop
+
+    return aot_autograd(fw_compiler=nop, partition_fn=min_cut_rematerialization_partition)(gm, inputs)  # type: ignore[no-any-return]
+
+
+def passing_through(error: Exception) -> Exception:
+    """``error`` as an exception that Dynamo hands to the user as it is.
+
+    Any other becomes a BackendCompilerFailed, which ``except UnsupportedGraphError`` does not catch.
+    """
+    kind = type(error)
+    cls = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    return cls(str(error), first_useful_frame=None).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+
+def reset_dynamo() -> None:
+    """Forget everything compiled so far."""
+    torch._dynamo.reset()
+
+
+def without_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as something Dynamo neither traces nor guards on."""
+    return torch._dynamo.disable(function)  # type: ignore[no-any-return]

@@ -1,0 +1,108 @@
+"""The backend: ``torch.compile(model, backend="mhc")``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from mhc_compile._torch_private import (
+    Compiled,
+    Frame,
+    compile_aot_eager,
+    compile_inductor,
+    copy_captured,
+    example_of,
+    passing_through,
+)
+from mhc_compile.analysis import analyse
+from mhc_compile.binding import bind_parameters
+from mhc_compile.borders import Borders
+from mhc_compile.config import MHCConfig
+from mhc_compile.errors import ConfigError, MHCError
+from mhc_compile.hosts import resolve_by_id
+from mhc_compile.lazy import convert_now
+from mhc_compile.match import Matches, check_options
+from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
+
+
+def mhc(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile one graph of a model with its residual trunks widened to n streams.
+
+    Not called by hand: ``torch.compile(model, backend="mhc", options={...})``. A model that
+    `mhc_compile.convert_` has prepared uses what was recorded there; any other is converted here,
+    on its first call, with a warning.
+
+    Args:
+        gm: the captured graph; it is left as it is.
+        example_inputs: ignored, Dynamo's own record of the inputs is complete.
+        mode: a mode of ``torch.compile`` ("max-autotune", ...), for ``inner="inductor"``.
+        options: fields of `MHCConfig`.
+
+    Raises:
+        ConfigError: an unknown option, a value that is not allowed, or one that contradicts the
+            conversion.
+        UnsupportedGraphError: the graph does not hold what conversion recorded.
+    """
+    del example_inputs
+    try:
+        config = MHCConfig.from_options(options)
+        if mode is not None and config.inner != "inductor":
+            raise ConfigError(f"mode={mode!r} is a setting of Inductor: it needs inner='inductor'")
+        return compile_frame(gm, config, frozenset(options or ()), mode=mode)
+    except MHCError as error:
+        raise passing_through(error) from error.__cause__
+
+
+def compile_frame(
+    gm: GraphModule,
+    config: MHCConfig,
+    given: frozenset[str] = frozenset(),
+    *,
+    mode: str | None = None,
+    observe: Observer | None = None,
+) -> Compiled:
+    """`mhc` with the options resolved.
+
+    Args:
+        gm: the captured graph.
+        config: how to convert, should the model be new, and what compiles the result.
+        given: names of the options that were given; they must agree with the conversion.
+        mode: see `mhc`.
+        observe: sees the canonical graph ("before") and the graph after each pass.
+    """
+    frame = Frame.current(gm)
+    matches = Matches(frame, config)
+    copy, where = copy_captured(gm)
+    analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), matches.refuse)
+    copy.recompile()
+    if observe is not None:
+        observe("before", copy)
+    if matches.is_new:
+        matches.records = convert_now(analysis, frame, config)
+    else:
+        check_options(analysis, given, config)
+        matches.check(analysis)
+    borders = Borders(analysis, matches.records)
+    widening = bind_parameters(gm, analysis, matches.records, frame, where, borders)
+    run_passes(copy, (), rewrite_passes(widening), observe)
+    borders.leave(copy, widening)
+    inputs = [borders.example(node) or example_of(node) for node in _inputs(copy)]
+    return borders.wrap(_lower(copy, inputs, config, mode))
+
+
+def _lower(gm: GraphModule, inputs: list[Any], config: MHCConfig, mode: str | None) -> Compiled:
+    if config.inner == "inductor":
+        return compile_inductor(gm, inputs, mode)
+    if config.inner == "aot_eager":
+        return compile_aot_eager(gm, inputs)
+    return gm.forward
+
+
+def _inputs(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]

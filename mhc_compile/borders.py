@@ -1,0 +1,124 @@
+"""Where a trunk crosses the edge of its graph: extra inputs, extra outputs, and the carry between."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from mhc_compile import carry
+from mhc_compile._torch_private import Compiled, without_tracing
+from mhc_compile.analysis import Analysis
+from mhc_compile.errors import UnsupportedGraphError
+from mhc_compile.match import record_start, sites_of
+from mhc_compile.passes.lanes import Lane
+from mhc_compile.passes.plan import Boundary
+from mhc_compile.passes.widen import Widening
+from mhc_compile.site import MHCSites, SiteRecord
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A trunk whose streams may come from another graph."""
+
+    boundary: Boundary
+    record: SiteRecord
+    sites: MHCSites
+    streams: int
+    position: int = -1
+    """Index of the visible tensor among the call's arguments."""
+    state: Node | None = None
+
+    def take(self, visible: torch.Tensor) -> Any:
+        """The n-stream state for this call: what arrives with ``visible``, or fresh where a trunk may start."""
+        found = carry.get(visible, self.boundary.dim)
+        if self.record.starts is None:
+            self.record = record_start(self.sites, self.record.key, starts=found is None)
+        if found is not None:
+            return found
+        if not self.record.starts:
+            raise UnsupportedGraphError(
+                f"the streams were lost before {self.record.key} ({self.record.source}): between the previous block "
+                "and this one something made a new tensor, wrote in place or detached (an eager operation, "
+                "detach(), a cast). Compile both blocks together, or move the operation into one of them"
+            )
+        return torch.ops.mhc.expand(visible, self.streams, self.boundary.dim)
+
+
+class Borders:
+    """The borders of one graph, found before the rewrite and wired after it."""
+
+    def __init__(self, analysis: Analysis, records: Mapping[int, SiteRecord]) -> None:
+        self._arrivals: list[_Arrival] = []
+        self._departures: list[Boundary] = []
+        self._visible = 0
+        plan = analysis.plan
+        for trunk, arrival, departure in zip(plan.trunks, plan.arrivals, plan.departures, strict=True):
+            first, last = records[trunk[0].index], records[trunk[-1].index]
+            host = analysis.hosted[trunk[0].index].host
+            sites = sites_of(host) if host is not None else None
+            assert sites is not None
+            if arrival is not None and first.starts is not True or first.follows and arrival is not None:
+                streams = sites[first.key].spec.streams
+                self._arrivals.append(_Arrival(arrival, first, sites, streams))  # type: ignore[arg-type]
+            elif first.starts is False:
+                raise UnsupportedGraphError(
+                    f"{first.key} ({first.source}) continues a trunk, and in this graph nothing leads to the site "
+                    "before it: a graph break cuts the trunk there (TORCH_LOGS=graph_breaks shows it)"
+                )
+            if departure is not None and last.continues:
+                self._departures.append(departure)
+
+    def arrive(self, graph: Graph) -> dict[Node, Lane]:
+        """Add an input for every arriving state; the lanes by the visible input they stand for."""
+        lanes = {}
+        for number, arrival in enumerate(self._arrivals):
+            last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+            with graph.inserting_after(last):
+                state = graph.placeholder(f"mhc_state_{number}")
+            state._dynamo_source = None  # type: ignore[attr-defined]
+            arrival.state = state
+            lanes[arrival.boundary.value] = Lane(state, arrival.boundary.dim, arrival.streams)
+        return lanes
+
+    def example(self, placeholder: Node) -> Any:
+        """A fake example for an arriving state; None for every other input."""
+        for arrival in self._arrivals:
+            if arrival.state is placeholder:
+                visible = arrival.boundary.value.meta["example_value"]
+                dim = arrival.boundary.dim
+                shape = (*visible.shape[:dim], arrival.streams, *visible.shape[dim:])
+                with visible.fake_mode:
+                    state = torch.empty(shape, dtype=visible.dtype, device=visible.device)
+                return state.requires_grad_(visible.requires_grad)
+        return None
+
+    def leave(self, gm: GraphModule, widening: Widening) -> None:
+        """Append the state of every departing trunk to the outputs of the rewritten graph."""
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        for arrival in self._arrivals:
+            arrival.position = inputs.index(arrival.boundary.value)
+        output = gm.graph.output_node()
+        visible = output.args[0]
+        assert isinstance(visible, tuple | list)
+        self._visible = len(visible)
+        if self._departures:
+            states = [widening.lanes[departure.value].node for departure in self._departures]
+            output.args = ((*visible, *states),)
+            gm.recompile()
+
+    def wrap(self, compiled: Compiled) -> Compiled:
+        """``compiled`` as Dynamo calls it: states fetched before, hung on their tensors after."""
+        if not self._arrivals and not self._departures:
+            return compiled
+
+        @without_tracing
+        def call(*args: Any) -> Any:
+            states = [arrival.take(args[arrival.position]) for arrival in self._arrivals]
+            outputs = compiled(*args, *states)
+            for state, departure in zip(outputs[self._visible :], self._departures, strict=True):
+                carry.put(outputs[departure.position], state, departure.dim)
+            return tuple(outputs[: self._visible])
+
+        return call

@@ -1,0 +1,209 @@
+"""Put hyper-connection parameters on a model, and take them off again."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_compile._torch_private import reset_dynamo
+from mhc_compile.analysis import filtered
+from mhc_compile.capture import Capture, capture_model
+from mhc_compile.config import MHCConfig
+from mhc_compile.errors import ConfigError, UnsupportedGraphError
+from mhc_compile.guard import check_calls_, uncheck_calls_
+from mhc_compile.hosts import HostedSite
+from mhc_compile.kernels.init import initial_head, initial_parameters
+from mhc_compile.match import SEEN, sites_of
+from mhc_compile.report import Report
+from mhc_compile.reporting import build_report
+from mhc_compile.site import MHCSite, MHCSites, SiteRecord
+from mhc_compile.uses import SiteUse, site_uses
+
+
+def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
+    """Find the residual sites of a model and say what conversion would do; change nothing.
+
+    Args:
+        model: any module; converted ones are reported as such.
+        *args: example inputs, as the model takes them.
+        config: choices; the defaults of `MHCConfig` if None.
+        **kwargs: further example inputs.
+
+    Returns:
+        All sites, trunks and rejected adds, each with its reason.
+    """
+    config = config or MHCConfig()
+    names = _names(model)
+    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names))
+    return build_report(model, capture, config, site_uses(capture), converted=False)
+
+
+def convert_(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
+    """Widen a model's residual trunks to n streams, in place: adds parameters, changes no output.
+
+    Runs the model once on the example inputs to find its sites, then registers one `MHCSite` a site
+    as ``owner.mhc["add0"]`` on the module whose forward does the add. Old parameters, buffers and
+    state_dict keys stay as they are. Make optimizers, wrap (FSDP, DDP) and compile afterwards.
+
+    Args:
+        model: the model; bit for bit as it was if anything fails.
+        *args: example inputs, as the model takes them. Later shapes may differ.
+        config: choices; the defaults of `MHCConfig` if None.
+        **kwargs: further example inputs.
+
+    Returns:
+        What was found and converted. Converting twice changes nothing and reports the first.
+
+    Raises:
+        ConfigError: the model is converted already, with another configuration.
+        UnsupportedGraphError: nothing of the model can be captured or converted; it says why.
+    """
+    config = config or MHCConfig()
+    already = next((sites for m in model.modules() if (sites := sites_of(m)) is not None), None)
+    if already is not None and already.config != asdict(config):
+        raise ConfigError(
+            f"the model is converted already, with {already.config}: mhc_compile.revert_(model) takes that off"
+        )
+    names = _names(model)
+    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names))
+    uses = site_uses(capture)
+    if already is None:
+        attach_(uses, config)
+        reset_dynamo()
+    return build_report(model, capture, config, uses, converted=True)
+
+
+def revert_(model: nn.Module) -> None:
+    """Take all hyper-connection parameters off again, in place; the model is then the plain one."""
+    for module in list(model.modules()):
+        if sites_of(module) is not None:
+            del module._modules["mhc"]
+            uncheck_calls_(module)
+        vars(module).pop(SEEN, None)
+    reset_dynamo()
+
+
+def mhc_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything conversion added, for optimizer groups."""
+    ours = {id(p) for m in model.modules() if isinstance(m, MHCSite) for p in m.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in ours:
+            yield name, parameter
+
+
+@dataclass(slots=True)
+class _Owned:
+    """Everything that will be attached to one host."""
+
+    host: nn.Module
+    uses: list[SiteUse] = field(default_factory=list)
+
+
+def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
+    """Create the parameters of all ``uses`` and register them, all or none.
+
+    Raises:
+        UnsupportedGraphError: a host has an attribute ``mhc`` of its own, or its calls differ.
+    """
+    owned: dict[int, _Owned] = {}
+    for use in uses:
+        if use.hosted.host is not None:
+            owned.setdefault(id(use.hosted.host), _Owned(use.hosted.host)).uses.append(use)
+    ready = [(entry.host, _build(entry, config)) for entry in owned.values()]
+    done: list[nn.Module] = []
+    try:
+        for host, sites in ready:
+            done.append(host)
+            setattr(host, SEEN, True)
+            if len(sites):
+                host.add_module("mhc", sites)
+                check_calls_(host, config.on_eager)
+    except BaseException:
+        for host in done:
+            host._modules.pop("mhc", None)
+            uncheck_calls_(host)
+            vars(host).pop(SEEN, None)
+        raise
+
+
+def _build(entry: _Owned, config: MHCConfig) -> MHCSites:
+    """The sites of one host, from all its calls."""
+    host, records = entry.host, _records(entry)
+    if any(record.converted for record in records) and hasattr(host, "mhc"):
+        raise UnsupportedGraphError(f"{type(host).__name__} has an attribute 'mhc' of its own, where the parameters would go")
+    modules: dict[str, MHCSite] = {}
+    for record in records:
+        if not record.converted:
+            continue
+        use = next(u for u in entry.uses if u.hosted.key == record.key and u.planned is not None)
+        assert use.planned is not None
+        modules[record.key] = new_site(use, record, config, _device(host))
+    return MHCSites(modules, records, asdict(config))
+
+
+def _records(entry: _Owned) -> tuple[SiteRecord, ...]:
+    by_key: dict[str, list[SiteUse]] = defaultdict(list)
+    for use in entry.uses:
+        by_key[use.hosted.key].append(use)
+    records = []
+    for key, uses in by_key.items():
+        if len({use.planned is not None for use in uses}) > 1:
+            raise UnsupportedGraphError(
+                f"the add at {uses[0].hosted.source} is a site in one call of {type(entry.host).__name__} and not in "
+                f"another ({next(u.reason for u in uses if u.planned is None)}): exclude it, or its module"
+            )
+        records.append(
+            SiteRecord(
+                key=key,
+                source=uses[0].hosted.source,
+                converted=uses[0].planned is not None,
+                starts=None if any(u.starts is None for u in uses) else any(u.starts for u in uses),
+                follows=any(u.follows for u in uses),
+                continues=any(u.continues for u in uses),
+                ends=any(not u.continues for u in uses),
+            )
+        )
+    return tuple(records)
+
+
+def new_site(use: SiteUse, record: SiteRecord, config: MHCConfig, device: torch.device) -> MHCSite:
+    """Fresh parameters for one site, float32, on ``device``."""
+    assert use.planned is not None
+    spec, width = config.spec(), use.planned.width
+    tensors = initial_parameters(spec, width, config.init, use.step)
+    head = initial_head(spec, width) if config.collapse == "learned" and record.ends else {}
+    with torch.no_grad():
+        return MHCSite(
+            spec, width,
+            {name: tensor.to(device) for name, tensor in tensors.items()},
+            {name: tensor.to(device) for name, tensor in head.items()},
+        )  # fmt: skip
+
+
+def _device(host: nn.Module) -> torch.device:
+    tensor = next(iter(host.parameters()), None)
+    if tensor is None:
+        tensor = next(iter(host.buffers()), None)
+    return tensor.device if tensor is not None else torch.get_default_device()
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def _filter(hosted: Sequence[HostedSite], config: MHCConfig, names: Mapping[int, str]) -> dict[int, str]:
+    refused = {}
+    for site in hosted:
+        name = f"{names.get(id(site.host), '')}.{site.key}".lstrip(".")
+        reason = filtered(name, config) if site.host is not None else None
+        if reason is not None:
+            refused[site.index] = reason
+    return refused
+
+
+def captured_anything(capture: Capture) -> bool:
+    """Whether any site of the capture will be rewritten."""
+    return any(graph.plan.sites for graph in capture.graphs)

@@ -1,0 +1,119 @@
+"""A converted module that runs without the backend must say so.
+
+The user's source still adds plainly. Run eagerly (or by another backend, or past Dynamo's recompile
+limit) a converted model would be the plain network with unused parameters: plausible numbers from
+the wrong model. Each owner of sites therefore gets a generated subclass whose ``forward`` checks
+where it runs, and leaves a marker in every graph it is traced into.
+"""
+
+import functools
+import types
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mhc_compile.errors import MHCWarning, NotCompiledError
+
+Policy = Literal["raise", "warn", "ignore"]
+_POLICIES: tuple[Policy, ...] = ("raise", "warn", "ignore")
+
+_library = torch.library.Library("mhc_compile", "DEF")
+_library.define("owner_call(Tensor anchor, int policy) -> ()")
+
+
+def _run_marker(anchor: torch.Tensor, policy: int) -> None:
+    """What the marker does in a graph that the mhc backend did not rewrite."""
+    _report(_POLICIES[policy], "was compiled by another backend")
+
+
+_library.impl("owner_call", _run_marker, "CompositeExplicitAutograd")
+torch.library.register_fake("mhc_compile::owner_call", lambda anchor, policy: None, lib=_library)
+
+MARKER = torch.ops.mhc_compile.owner_call.default
+torch.fx.has_side_effect(MARKER)
+
+
+def _report(policy: Policy, what: str) -> None:
+    message = (
+        f"a model converted to hyper-connections {what}, which computes the plain residual network. "
+        'Call torch.compile(model, backend="mhc"), use mhc_compile.rewrite(model, ...), or take the parameters '
+        'off with mhc_compile.revert_(model). If Dynamo gave up (graph break, recompile limit), run with '
+        'TORCH_LOGS="recompiles,graph_breaks". MHCConfig(on_eager="warn") or "ignore" allows it'
+    )
+    if policy == "raise":
+        raise NotCompiledError(message)
+    if policy == "warn":
+        warnings.warn(message, MHCWarning, stacklevel=3)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        anchor = next(iter(self.mhc.values())).bias
+        torch.ops.mhc_compile.owner_call.default(anchor, self._mhc_policy)
+    else:
+        _report(_POLICIES[self._mhc_policy], "runs without the mhc backend")
+    return super(type(self)._mhc_class, self).forward(*args, **kwargs)
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    return _rebuild, (type(self)._mhc_class.__base__,), self.__getstate__()
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    """Importable by name: what pickle and deepcopy store instead of the generated class."""
+    cls = checked_class(base)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def checked_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` that checks its calls; one per base, same name, same signature."""
+    # A function of its own per class: Dynamo keys its caches and limits by code object.
+    forward = types.FunctionType(_forward.__code__.replace(co_name="forward"), globals(), "forward")
+    forward.__wrapped__ = base.forward  # type: ignore[attr-defined]
+    cls: Any = type(
+        base.__name__,
+        (base,),
+        {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__,
+         "__doc__": base.__doc__, "__reduce_ex__": _reduce},
+    )  # fmt: skip
+    cls._mhc_class = cls
+    return cls  # type: ignore[no-any-return]
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why ``module`` cannot keep sites, or None."""
+    cls = type(module)
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return f"{cls.__name__} iterates over its submodules and would run the parameters"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a ScriptModule cannot change its class"
+    if type(cls) is not type:
+        return f"{cls.__name__} has a metaclass"
+    if cls.__reduce_ex__ is not object.__reduce_ex__ and not is_checked(module):
+        return f"{cls.__name__} pickles itself in its own way"
+    if "forward" in vars(module):
+        return f"this {cls.__name__} has its forward replaced on the instance"
+    return None
+
+
+def is_checked(module: nn.Module) -> bool:
+    """Whether the module's class is a generated one."""
+    return getattr(type(module), "_mhc_class", None) is type(module)
+
+
+def check_calls_(module: nn.Module, policy: Policy) -> None:
+    """Make ``module`` check its calls, in place."""
+    module._mhc_policy = _POLICIES.index(policy)  # type: ignore[assignment]
+    if not is_checked(module):
+        module.__class__ = checked_class(type(module))
+
+
+def uncheck_calls_(module: nn.Module) -> None:
+    """Undo `check_calls_`."""
+    if is_checked(module):
+        module.__class__ = type(module).__base__  # type: ignore[assignment]
+    if "_mhc_policy" in vars(module):
+        del module._mhc_policy

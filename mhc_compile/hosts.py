@@ -1,0 +1,98 @@
+"""Which module keeps the parameters of which residual add, under which key.
+
+The host is the module whose forward does the add, or the nearest module around it that can keep
+sites (a ``Sequential`` cannot). Sites of one call of a host are numbered in graph order: ``add0``,
+``add1``; every call uses the same parameters, as every call uses the same weights.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import Graph
+
+from mhc_compile.guard import MARKER, refusal
+from mhc_compile.passes.owners import ModuleCall, module_calls
+from mhc_compile.passes.residuals import Residuals
+from mhc_compile.passes.values import source_line
+
+Resolve = Callable[[ModuleCall], nn.Module | None]
+
+
+@dataclass(frozen=True, slots=True)
+class HostedSite:
+    """Where one found site belongs."""
+
+    index: int
+    """Position in `Residuals.sites`."""
+    host: nn.Module | None
+    call: str
+    """Which call of the host; "" is the frame's own."""
+    key: str
+    source: str
+    refusal: str = ""
+    """Why no module can keep it; empty otherwise."""
+
+
+def _host(calls: tuple[ModuleCall, ...], resolve: Resolve) -> tuple[nn.Module | None, str, str]:
+    """(host, its call, reason if there is none) for the innermost of ``calls`` that can keep sites."""
+    reason = "the add happens in a plain function: put it into the forward of a module"
+    for number, call in enumerate(reversed(calls)):
+        module = resolve(call)
+        if module is None:
+            continue
+        refused = refusal(module)
+        if refused is None:
+            return module, call.call, ""
+        if number == 0 or reason.startswith("the add happens"):
+            reason = f"no module around the add can keep its parameters: {refused}"
+    return None, "", reason
+
+
+def hosted_sites(residuals: Residuals, resolve: Resolve) -> list[HostedSite]:
+    """The host and key of every site, in the order of ``residuals.sites``.
+
+    Args:
+        residuals: the sites of one graph.
+        resolve: the module of a `ModuleCall`, or None if it is unknown.
+    """
+    counts: dict[tuple[int, str], int] = defaultdict(int)
+    hosted = []
+    for index, site in enumerate(residuals.sites):
+        host, call, reason = _host(module_calls(site.root), resolve)
+        number = counts[id(host), call]
+        counts[id(host), call] += 1
+        hosted.append(HostedSite(index, host, call, f"add{number}", source_line(site.root), reason))
+    return hosted
+
+
+def marked_calls(graph: Graph, resolve: Resolve) -> dict[tuple[int, str], nn.Module]:
+    """The calls of converted modules that ``graph`` holds whole or in part, by (id, call)."""
+    calls: dict[tuple[int, str], nn.Module] = {}
+    for node in graph.nodes:
+        if node.target is MARKER:
+            call = module_calls(node)[-1]
+            module = resolve(call)
+            if module is not None:
+                calls[id(module), call.call] = module
+    return calls
+
+
+def erase_markers(graph: Graph) -> None:
+    """Remove every marker from a graph that is about to be rewritten, or only looked at."""
+    for node in list(graph.nodes):
+        if node.target is MARKER:
+            graph.erase_node(node)
+
+
+def resolve_by_id(modules: Mapping[int, nn.Module], root: nn.Module | None) -> Resolve:
+    """Resolve the calls of a Dynamo graph."""
+    return lambda call: modules.get(int(call.module)) if call.module else root
+
+
+def resolve_by_path(model: nn.Module) -> Resolve:
+    """Resolve the calls of an exported graph."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return lambda call: modules.get(call.module)
+

@@ -1,0 +1,48 @@
+"""The passes in their order, and the runner that checks after each."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from mhc_compile.passes.widen import Widening, widen_trunks_pass
+
+Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
+Observer = Callable[[str, GraphModule], None]
+
+
+def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:
+    """What happens to an analysed (and so canonical) graph, in order."""
+    return [
+        ("widen_trunks_pass", functools.partial(widen_trunks_pass, widening=widening)),
+    ]
+
+
+def run_passes(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    passes: Sequence[tuple[str, Pass]],
+    observe: Observer | None = None,
+) -> bool:
+    """Run ``passes`` on ``gm`` in place; lint and recompile after each that changed something.
+
+    Args:
+        gm: the graph.
+        inputs: its example inputs.
+        passes: names and bound passes.
+        observe: called with the name and the graph after each change (dumps).
+
+    Returns:
+        Whether anything changed.
+    """
+    modified = False
+    for name, function in passes:
+        if function(gm, inputs).modified:
+            modified = True
+            gm.graph.lint()
+            gm.recompile()
+            if observe is not None:
+                observe(name, gm)
+    return modified

@@ -1,0 +1,163 @@
+"""Turn what was found into a `Report`."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from mhc_compile.capture import Capture
+from mhc_compile.config import MHCConfig
+from mhc_compile.kernels.init import initial_parameters
+from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.owners import module_calls
+from mhc_compile.passes.plan import PlannedSite
+from mhc_compile.passes.values import dims, dtype_of, source_line
+from mhc_compile.report import RejectedAdd, Report, Site, Trunk
+from mhc_compile.uses import SiteUse
+
+
+def build_report(
+    model: nn.Module, capture: Capture, config: MHCConfig, uses: Sequence[SiteUse], *, converted: bool
+) -> Report:
+    """The report of a capture and the uses of its sites."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return Report(
+        model=type(model).__name__,
+        config=asdict(config),
+        graphs=len(capture.graphs),
+        sites=tuple(_site(use, names, config, converted) for use in uses),
+        trunks=_trunks(capture, uses, names),
+        rejected=_rejected(capture, names),
+        notes=_notes(capture),
+    )
+
+
+def use_name(use: SiteUse, names: dict[int, str]) -> tuple[str, str]:
+    """(path of the owner, full name) of a use."""
+    owner = names.get(id(use.hosted.host), "") if use.hosted.host is not None else ""
+    return owner, f"{owner}.{use.hosted.key}".lstrip(".")
+
+
+def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: bool) -> Site:
+    owner, name = use_name(use, names)
+    planned = use.planned
+    found = "converted" if converted else "found"
+    return Site(
+        name=name,
+        owner=owner,
+        key=use.hosted.key,
+        form=use.site.form,
+        traits=use.site.traits,
+        source=use.hosted.source,
+        shape=_shape(use.site.root),
+        dtype=str(dtype_of(use.site.root)).removeprefix("torch."),
+        trunk=use.trunk,
+        status="left" if planned is None else found,  # type: ignore[arg-type]
+        reason=use.reason,
+        parameters=0 if planned is None else _parameter_count(config.spec(), planned.width),
+    )
+
+
+@lru_cache(maxsize=64)
+def _parameter_count(spec: SiteSpec, width: int) -> int:
+    return sum(tensor.numel() for tensor in initial_parameters(spec, width).values())
+
+
+def _trunks(capture: Capture, uses: Sequence[SiteUse], names: dict[int, str]) -> tuple[Trunk, ...]:
+    members: dict[int, list[SiteUse]] = defaultdict(list)
+    for use in uses:
+        if use.planned is not None:
+            members[use.trunk].append(use)
+    return tuple(
+        Trunk(
+            index=index,
+            sites=tuple(use_name(use, names)[1] for use in group),
+            width=_planned(group[0]).width,
+            entry=_entry(group[0]),
+            readers=sum(_readers(capture, use) for use in group),
+            on_trunk=tuple(dict.fromkeys(op_name(n) for use in group for n in _planned(use).region)),
+        )
+        for index, group in sorted(members.items())
+    )
+
+
+def _planned(use: SiteUse) -> PlannedSite:
+    assert use.planned is not None
+    return use.planned
+
+
+def _entry(use: SiteUse) -> str:
+    origin = use.site.origin
+    if origin.op == "placeholder":
+        return "graph input"
+    return op_name(origin) or origin.op
+
+
+def _readers(capture: Capture, use: SiteUse) -> int:
+    """How many operations outside branches and trunk read the trunk at this site."""
+    planned = _planned(use)
+    plan = capture.graphs[use.graph].plan
+    inner = {node for p in plan.sites for node in (p.site.root, *p.site.inner, *p.site.skip_path, *p.region)}
+    count = 0
+    for value in (planned.site.root, *planned.region):
+        branches = [p.branch for p in plan.sites if p.site.origin is value]
+        count += sum(
+            1 for user in value.users if user not in inner and not any(user in branch for branch in branches)
+        )
+    return count
+
+
+def _rejected(capture: Capture, names: dict[int, str]) -> tuple[RejectedAdd, ...]:
+    return tuple(
+        RejectedAdd(
+            source=source_line(rejected.root),
+            owner=_owner(rejected.root, names),
+            shape=_shape(rejected.root),
+            clause=rejected.clause,
+            reason=rejected.reason,
+        )
+        for analysis in capture.graphs
+        for rejected in analysis.residuals.rejected
+    )
+
+
+def _owner(node: Node, names: dict[int, str]) -> str:
+    module = module_calls(node)[-1].module
+    return names.get(int(module), "") if module.isdecimal() else module
+
+
+def _shape(node: Node) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else str(size) for size in dims(node))
+
+
+def _notes(capture: Capture) -> tuple[str, ...]:
+    notes = []
+    if len(capture.graphs) > 1:
+        notes.append(
+            f"the model was captured as {len(capture.graphs)} graphs; trunks are carried from one to the next "
+            "(TORCH_LOGS=graph_breaks shows where it breaks)"
+        )
+    for number, (runs, analysis) in enumerate(zip(capture.runs, capture.graphs, strict=True)):
+        if runs > 1 and analysis.residuals.sites:
+            source = source_line(analysis.residuals.sites[0].root)
+            notes.append(
+                f"graph {number} (sites from {source}) ran {runs} times for several modules; only the first of them "
+                "was seen, the others stay as they are"
+            )
+    return tuple(notes)
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The report in a few numbers."""
+    return {
+        "sites": len(report.sites),
+        "converted": len(report.converted),
+        "left": len(report.left),
+        "trunks": len(report.trunks),
+        "rejected": len(report.rejected),
+    }

@@ -1,0 +1,156 @@
+"""The eight clauses of the residual definition, applied to one sum tree (see `residuals`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from mhc_compile.passes.flow import SINGLE, FlowIndex, Paths
+from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.reasons import (
+    BRANCH,
+    LINEAR,
+    MIXING,
+    ORIGIN,
+    POSITIONAL,
+    SHAPE,
+    STAGES,
+    branch_reason,
+    linear_reason,
+    mixing_reason,
+    origin_reason,
+    positional_reason,
+    shape_reason,
+)
+from mhc_compile.passes.sums import SumTree
+from mhc_compile.passes.values import dims, is_tensor, rank
+from mhc_compile.passes.vocabulary import ACTIVATION, BENDS, CONVOLUTION, MIXES
+from mhc_compile.passes.walks import PROJECTIONS, affine_walk, plain_step, plain_walk
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """A leaf that can be the skip of a sum, and where it parts from the branch."""
+
+    skip: Node
+    origin: Node
+    skip_path: tuple[Node, ...]
+    projection: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why no leaf of a sum can be the skip: the clause and sentence of the one that came furthest."""
+
+    clause: str
+    reason: str
+
+
+def judge(index: FlowIndex, tree: SumTree) -> Parting | Failure:
+    """Where skip and branch of ``tree`` part, or why it is no residual."""
+    plain = _try_leaves(index, tree, plain_walk, MIXES)
+    if isinstance(plain, Parting):
+        convolution = _lone_convolution(index, tree, plain)
+        if convolution is not None:
+            return Failure(POSITIONAL, positional_reason(plain.skip, convolution))
+        return plain
+    projected = _try_leaves(index, tree, affine_walk, MIXES | BENDS)
+    if isinstance(projected, Parting) or projected.clause == LINEAR:
+        return projected
+    return plain
+
+
+def _try_leaves(
+    index: FlowIndex,
+    tree: SumTree,
+    walk: Callable[[FlowIndex, Node], tuple[Node, ...]],
+    needed: int,
+) -> Parting | Failure:
+    best: Parting | None = None
+    worst = Failure(SHAPE, shape_reason(tree))
+    for i, leaf in enumerate(tree.leaves):
+        if dims(leaf) != dims(tree.root):
+            continue
+        others = tree.leaves[:i] + tree.leaves[i + 1 :]
+        result = _part(index, tree.root, leaf, others, walk(index, leaf), needed)
+        if isinstance(result, Failure):
+            worst = max(worst, result, key=lambda failure: STAGES.index(failure.clause))
+        elif best is None or index.position[result.origin] > index.position[best.origin]:
+            best = result
+    return best or worst
+
+
+def _part(
+    index: FlowIndex,
+    root: Node,
+    skip: Node,
+    others: tuple[Node, ...],
+    walk: tuple[Node, ...],
+    needed: int,
+) -> Parting | Failure:
+    """Clauses 2 to 5, or 8 where ``needed`` asks for a way that bends."""
+    # Another leaf can only depend on a node that something beside the walk reads.
+    hit = index.nearest(others, [node for node in walk if len(node.users) > 1])
+    if hit is None:
+        return Failure(ORIGIN, origin_reason(skip))
+    origin, paths = hit
+    path = walk[: walk.index(origin)]
+    projection = bool(needed & BENDS)
+    if not paths.any(MIXES):
+        return Failure(MIXING, mixing_reason(skip, origin))
+    if not paths.any(MIXES | SINGLE):
+        return Failure(BRANCH, branch_reason(skip, origin))
+    if projection and not _projects(index, root, skip, origin, path):
+        return Failure(ORIGIN, origin_reason(skip))
+    if not paths.any(needed | SINGLE):
+        return Failure(LINEAR, linear_reason(skip, origin))
+    return Parting(skip, origin, path, projection)
+
+
+def _projects(
+    index: FlowIndex, root: Node, skip: Node, origin: Node, path: tuple[Node, ...]
+) -> bool:
+    """The guards of clause 8: a real projection, of a varying value, that keeps the rank."""
+    return (
+        index.varies(skip)
+        and rank(origin) == rank(root)
+        and any(op_name(node) in PROJECTIONS for node in path)
+    )
+
+
+def _lone_convolution(index: FlowIndex, tree: SumTree, parting: Parting) -> Node | None:
+    """The convolution of ``x + conv(x)``; None if some branch is more than that.
+
+    An activation after it is allowed where the convolution is grouped: such a convolution mixes
+    neighbours and not channels, which tells where a token stands.
+    """
+    found: Node | None = None
+    for branch in (leaf for leaf in tree.leaves if leaf is not parting.skip and index.varies(leaf)):
+        convolution: Node | None = None
+        bent = False
+        node: Node | None = branch
+        while node is not None and node is not parting.origin:
+            name = op_name(node)
+            if name in CONVOLUTION and convolution is None:
+                convolution = node
+            elif name in ACTIVATION:
+                bent = True
+            elif name not in _TRIMS and plain_step(index, node) is None:
+                return None
+            varying = index.varying_inputs(node)
+            node = varying[0] if len(varying) == 1 else None
+        if node is None or convolution is None or (bent and not _grouped(convolution)):
+            return None
+        found = convolution
+    return found
+
+
+_TRIMS = frozenset({"getitem", "slice", "narrow", "pad", "constant_pad_nd"})
+
+
+def _grouped(convolution: Node) -> bool:
+    value, weight = (arg for arg in convolution.args[:2])
+    if not (isinstance(value, Node) and isinstance(weight, Node) and is_tensor(weight)):
+        return False
+    channel = rank(value) - rank(weight) + 1
+    return dims(weight)[1] != dims(value)[channel]

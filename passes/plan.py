@@ -1,0 +1,228 @@
+"""Decide, before anything is changed, which sites become part of which n-stream trunk.
+
+Every refusal of the rewrite is made here, with its reason; `widen_trunks_pass` only carries out.
+
+A site joins the trunk of the site before it when the value between them can be followed stream by
+stream (`mhc_compile.passes.lanes`); otherwise a new trunk starts at its origin.
+"""
+
+from collections import ChainMap, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from mhc_compile.passes.aliases import AliasIndex
+from mhc_compile.passes.flow import FlowIndex
+from mhc_compile.passes.lanes import NotLiftable, plan_lane
+from mhc_compile.passes.layout import channel_axis
+from mhc_compile.passes.opnames import is_in_place, op_name
+from mhc_compile.passes.sites import Residuals, ResidualSite
+from mhc_compile.passes.trunks import RootSearch, branch_nodes
+from mhc_compile.passes.values import describe, dims, is_state, output_node
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """A site that will be rewritten."""
+
+    index: int
+    """Position in `Residuals.sites`."""
+    site: ResidualSite
+    trunk: int
+    step: int
+    """Position within its trunk, in graph order."""
+    region: tuple[Node, ...]
+    """On-trunk operations between the previous root and the origin, the origin included."""
+    branch: frozenset[Node]
+    """Nodes of the branch: they read ``u`` where they read the origin."""
+    dim: int
+    """Channel axis of the origin (negative)."""
+    width: int
+    """C, the size of that axis."""
+    is_entry: bool
+    """Whether the streams are made here (or arrive from another graph)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """Where a trunk enters or leaves its graph as one plain tensor."""
+
+    value: Node
+    """The graph input, or the value that is an output."""
+    position: int
+    """Index among the graph's inputs, or among its outputs."""
+    dim: int
+    """Channel axis (negative)."""
+    region: tuple[Node, ...] = ()
+    """On-trunk operations between the last root and an output that is not the root itself."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What `widen_trunks_pass` will do."""
+
+    sites: list[PlannedSite] = field(default_factory=list)
+    left: dict[int, str] = field(default_factory=dict)
+    """Site index -> why it stays a plain add."""
+    trunks: list[list[PlannedSite]] = field(default_factory=list)
+    """The same sites by trunk, in graph order."""
+    arrivals: list[Boundary | None] = field(default_factory=list)
+    """For each trunk, the graph input it starts from, if it does."""
+    departures: list[Boundary | None] = field(default_factory=list)
+    """For each trunk, the graph output that shows its end, if one does."""
+    dims: dict[Node, int] = field(default_factory=dict)
+    """Channel axis of every value that gets an n-stream twin."""
+
+
+def plan_trunks(graph: Graph, residuals: Residuals, refused: Mapping[int, str]) -> Plan:
+    """Plan the rewrite of ``graph``.
+
+    Args:
+        graph: canonicalized.
+        residuals: what `find_residuals` says of it.
+        refused: site index -> reason, for sites the caller leaves out (excluded, no owner, ...).
+    """
+    return _Planner(graph, residuals, refused).run()
+
+
+class _Planner:
+    def __init__(self, graph: Graph, residuals: Residuals, refused: Mapping[int, str]) -> None:
+        self.graph = graph
+        self.residuals = residuals
+        self.aliases = AliasIndex(graph)
+        self.flow = FlowIndex(graph)
+        self.plan = Plan(left=dict(refused))
+        self.trunk_of: dict[int, int] = {}
+        self.branches: dict[int, frozenset[Node]] = {}
+        self.by_origin: dict[Node, list[int]] = defaultdict(list)
+        for index, site in enumerate(residuals.sites):
+            if index not in self.plan.left:
+                self.by_origin[site.origin].append(index)
+
+    def run(self) -> Plan:
+        for index, site in enumerate(self.residuals.sites):
+            if index not in self.plan.left:
+                reason = self._refusal(index, site) or self._place(index, site)
+                if reason is not None:
+                    self.plan.left[index] = reason
+        self._find_boundaries()
+        return self.plan
+
+    def _refusal(self, index: int, site: ResidualSite) -> str | None:
+        if site.form == "projection":
+            return "the skip is projected: streams end before the sum, and new ones start behind it"
+        for value in (site.root, site.skip, *site.skip_path, site.origin):
+            if is_in_place(value) or self.aliases.is_written(value):
+                write = next(iter(self.aliases.writes[self.aliases.base(value)]), value)
+                return (
+                    f"{describe(write)} writes in place to a value of the trunk that is also visible under "
+                    "another name: write it out of place, as in x = x + f(x)"
+                )
+        for other in self.by_origin[site.origin]:
+            if other != index and site.root in self._branch(other):
+                outer = describe(self.residuals.sites[other].root)
+                return f"it lies in the branch of the site {outer} and starts from the same value"
+        return None
+
+    def _place(self, index: int, site: ResidualSite) -> str | None:
+        """Add the site to the plan; the reason if that is not possible."""
+        link, plan = self.residuals.links[index], self.plan
+        new: dict[Node, int] = {}
+        region: tuple[Node, ...] = ()
+        trunk: int | None = None
+        if site.origin in plan.dims:  # a fork: another site starts here too
+            trunk = self._trunk_at(site.origin)
+        elif link.previous in self.trunk_of and not self._crosses_branch(index, link.previous, link.region):
+            followed = self._follow(self.residuals.sites[link.previous].root, link.region)
+            if followed is not None:
+                new, trunk, region = followed, self.trunk_of[link.previous], link.region
+        is_entry = trunk is None
+        if is_entry:
+            new[site.origin] = channel_axis(site.origin, self._branch(index))
+        known = ChainMap(new, plan.dims)
+        dim = known[site.origin]
+        width = dims(site.origin)[dim]
+        if not isinstance(width, int):
+            return f"the width of the trunk ({width}) is not a constant"
+        for value in reversed(site.skip_path):
+            planned = plan_lane(value, known)
+            if isinstance(planned, NotLiftable):
+                return f"the skip has no per-stream form: {planned.reason}"
+            new[value] = planned
+        new[site.root] = known[site.skip]
+        if trunk is None:
+            trunk = len(plan.trunks)
+            plan.trunks.append([])
+        self.trunk_of[index] = trunk
+        plan.dims.update(new)
+        step = len(plan.trunks[trunk])
+        entry = PlannedSite(index, site, trunk, step, region, self._branch(index), dim, width, is_entry)
+        plan.sites.append(entry)
+        plan.trunks[trunk].append(entry)
+        return None
+
+    def _follow(self, root: Node, region: tuple[Node, ...]) -> dict[Node, int] | None:
+        """The channel axes of on-trunk operations; None if one has no per-stream form."""
+        new: dict[Node, int] = {}
+        known = ChainMap(new, self.plan.dims)
+        for node in region:
+            planned = plan_lane(node, known)
+            if isinstance(planned, NotLiftable) or is_in_place(node) or self.aliases.is_written(node):
+                return None
+            new[node] = planned
+        return new if root in known else None
+
+    def _crosses_branch(self, index: int, previous: int, region: tuple[Node, ...]) -> bool:
+        """Whether the way from the previous root to this origin runs inside another site's branch.
+
+        Then this site belongs to that branch, reads ``u`` there, and starts a trunk of its own.
+        """
+        site = self.residuals.sites[index]
+        for value in (self.residuals.sites[previous].root, *region):
+            for other in self.by_origin[value]:
+                if other != index and not self._branch(other).isdisjoint((site.origin, site.root)):
+                    return True
+        return False
+
+    def _trunk_at(self, value: Node) -> int:
+        for planned in self.plan.sites:
+            if value in (planned.site.origin, planned.site.root, *planned.region):
+                return planned.trunk
+        raise AssertionError(f"{value} has streams, but no trunk")
+
+    def _branch(self, index: int) -> frozenset[Node]:
+        if index not in self.branches:
+            self.branches[index] = frozenset(branch_nodes(self.flow, self.residuals.sites[index]))
+        return self.branches[index]
+
+    def _find_boundaries(self) -> None:
+        plan = self.plan
+        inputs = {n: i for i, n in enumerate(n for n in self.graph.nodes if n.op == "placeholder")}
+        plan.departures = [None] * len(plan.trunks)
+        for trunk in plan.trunks:
+            origin = trunk[0].site.origin
+            arrives = origin in inputs and not is_state(origin)
+            plan.arrivals.append(Boundary(origin, inputs[origin], trunk[0].dim) if arrives else None)
+        output = output_node(self.graph)
+        outputs = output.args[0] if output is not None else ()
+        if not plan.trunks or not isinstance(outputs, tuple | list):
+            return
+        lasts = {trunk[-1].site.root: trunk[-1].trunk for trunk in plan.trunks}
+        search = RootSearch(self.flow, {site.root: i for i, site in enumerate(self.residuals.sites)})
+        for position, value in enumerate(outputs):
+            root = search.above(value) if isinstance(value, Node) else None
+            if root not in lasts or plan.departures[lasts[root]] is not None:
+                continue
+            region = self.flow.between(root, (value,)) if value is not root else ()
+            if any(node in plan.dims for node in region):
+                continue
+            followed = self._follow(root, region)
+            if followed is not None:
+                plan.dims.update(followed)
+                plan.departures[lasts[root]] = Boundary(value, position, plan.dims[value], region)
+
+
+def on_trunk(planned: PlannedSite) -> tuple[str, ...]:
+    """Names of the operations between the previous site and this one."""
+    return tuple(op_name(node) for node in planned.region)

@@ -1,0 +1,80 @@
+"""Why a sum is no residual site, in a sentence that names the nodes."""
+
+from torch.fx import Node
+
+from mhc_compile.passes.sites import Rejected
+from mhc_compile.passes.sums import SumTree
+from mhc_compile.passes.values import describe, dims
+
+# In the order in which a candidate passes them: a sum is rejected for the last one it reached.
+SHAPE = "shape"
+ORIGIN = "origin"
+MIXING = "mixing"
+BRANCH = "branch"
+LINEAR = "linear branches"
+POSITIONAL = "positional convolution"
+NESTED = "nested"
+STREAMS = "already hyper-connected"
+STAGES = (SHAPE, ORIGIN, MIXING, BRANCH, LINEAR)
+
+
+def reject(tree: SumTree, clause: str, reason: str) -> tuple[Rejected, ...]:
+    """``tree`` rejected: one entry for each of its adds."""
+    part = f"part of the sum {describe(tree.root)}: {reason}"
+    nodes = [Rejected(node, clause, part) for node in tree.inner]
+    return (*nodes, Rejected(tree.root, clause, reason))
+
+
+def shape_reason(tree: SumTree) -> str:
+    """No operand has the shape of the sum: both are broadcast."""
+    shapes = " and ".join(f"{describe(leaf)} {_shape(leaf)}" for leaf in tree.leaves)
+    return f"no operand has the shape {_shape(tree.root)} of the sum, so none can be the skip: {shapes}"
+
+
+def origin_reason(skip: Node) -> str:
+    """Skip and the rest have no common origin."""
+    return f"nothing that is added to {describe(skip)} is computed from it: two independent values"
+
+
+def mixing_reason(skip: Node, origin: Node) -> str:
+    """The other operand is a pointwise function of the origin."""
+    return (
+        f"what is added to {describe(skip)} is computed from {describe(origin)} without mixing positions "
+        "or channels (no matrix product, convolution, attention, pooling, ...): an elementwise formula"
+    )
+
+
+def branch_reason(skip: Node, origin: Node) -> str:
+    """The branch is read elsewhere."""
+    return (
+        f"what is added to {describe(skip)} and computed from {describe(origin)} is read by other nodes "
+        "as well: the skip is added to a trunk, it is not one"
+    )
+
+
+def linear_reason(skip: Node, origin: Node) -> str:
+    """A sum of linear maps of one value."""
+    return (
+        f"{describe(skip)} and the other operand are both linear in {describe(origin)}: "
+        "a sum of linear branches, no residual around a nonlinear one"
+    )
+
+
+def positional_reason(skip: Node, convolution: Node) -> str:
+    """``x + conv(x)``."""
+    return (
+        f"the branch added to {describe(skip)} is the single convolution {describe(convolution)}: "
+        "a positional encoding, not a layer"
+    )
+
+
+def nested_reason(origin: Node, outer: Node) -> str:
+    """A single residual inside a branch."""
+    return (
+        f"its origin {describe(origin)} lies inside the branch of the residual {describe(outer)} and no "
+        "second site follows: part of that branch, no trunk of its own"
+    )
+
+
+def _shape(node: Node) -> str:
+    return "[" + ", ".join(str(size) for size in dims(node)) + "]"

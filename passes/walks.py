@@ -1,0 +1,81 @@
+"""The way up from a skip: through operations that keep it a copy, or an affine image, of one value."""
+
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from mhc_compile.passes.flow import FlowIndex
+from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.sums import operands
+from mhc_compile.passes.values import is_tensor, numel
+from mhc_compile.passes.vocabulary import (
+    CAST,
+    CONVOLUTION,
+    DROPOUT,
+    LAYOUT,
+    MATMUL,
+    NORM,
+    POOLING,
+    SCALE,
+)
+
+PROJECTIONS = CONVOLUTION | MATMUL | POOLING
+
+
+def plain_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
+    """``skip`` and what it copies: through layout, casts, dropout and scales (clause 2)."""
+    return _walk(index, skip, plain_step)
+
+
+def affine_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
+    """``skip`` and what it is an affine image of: also through norms, linear, conv, pool (clause 8)."""
+    return _walk(index, skip, _affine_step)
+
+
+def plain_step(index: FlowIndex, node: Node) -> Node | None:
+    """The value that ``node`` copies or scales by numbers or constant tensors; None if it does more."""
+    name = op_name(node)
+    if name in LAYOUT or name in CAST or name in DROPOUT:
+        return _first(node)
+    if name == "getitem":
+        source = _first(node)
+        if source is None or not is_tensor(source):
+            return source
+        return source if numel(source) == numel(node) else None
+    return _scaled(index, node) if name in SCALE else None
+
+
+def _walk(
+    index: FlowIndex, skip: Node, step: Callable[[FlowIndex, Node], Node | None]
+) -> tuple[Node, ...]:
+    walk = [skip]
+    while (above := step(index, walk[-1])) is not None:
+        walk.append(above)
+    return tuple(walk)
+
+
+def _affine_step(index: FlowIndex, node: Node) -> Node | None:
+    plain = plain_step(index, node)
+    if plain is not None:
+        return plain
+    name = op_name(node)
+    if name in NORM or name in PROJECTIONS or name == "sub" or operands(node) is not None:
+        varying = index.varying_inputs(node)
+        return varying[0] if len(varying) == 1 else None
+    return None
+
+
+def _scaled(index: FlowIndex, node: Node) -> Node | None:
+    factors = [arg for arg in node.args[:2] if isinstance(arg, Node) and is_tensor(arg)]
+    if len(factors) > 1:
+        factors = [factor for factor in factors if index.varies(factor)]
+    if len(factors) != 1 or numel(factors[0]) != numel(node):
+        return None
+    if op_name(node) == "div" and factors[0] is not node.args[0]:
+        return None  # c / x
+    return factors[0]
+
+
+def _first(node: Node) -> Node | None:
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, Node) else None

@@ -1,0 +1,223 @@
+"""Widen planned trunks to n residual streams.
+
+    x + f(x)   ->   u, h_post, h_res = pre(X);   X' = post(X, f(u), h_post, h_res)
+                    with X = expand(x) at the entry of a trunk and collapse(X') for every reader
+
+Paper: arXiv 2512.24880, equations (3) and (14)-(19).
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.passes.lanes import Lane, emit_lane
+from mhc_compile.passes.plan import Plan, PlannedSite
+from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.values import dims, dtype_of
+
+_SHAPE_ONLY = frozenset({
+    "dim", "empty_like", "full_like", "is_floating_point", "new_empty", "new_full", "new_ones", "new_zeros", "numel",
+    "ones_like", "rand_like", "randn_like", "size", "sym_numel", "sym_size", "zeros_like",
+})  # fmt: skip
+_VALUE_META = ("example_value", "val", "tensor_meta")
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInputs:
+    """The nodes that hold the parameters of one site, and its specification."""
+
+    name: str
+    spec: SiteSpec
+    bias: Node
+    phi: Node | None = None
+    alpha: Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How a trunk is collapsed at its end: "mean", "sum", or "learned" with its parameters."""
+
+    mode: str = "mean"
+    inputs: SiteInputs | None = None
+
+
+@dataclass(slots=True)
+class Widening:
+    """Everything the rewrite needs beside the graph, and what it leaves for its caller."""
+
+    plan: Plan
+    inputs: Mapping[int, SiteInputs]
+    """Site index -> parameters."""
+    heads: Mapping[int, Head] = field(default_factory=dict)
+    """Trunk -> how it ends; the mean where a trunk is missing."""
+    arriving: Mapping[Node, Lane] = field(default_factory=dict)
+    """Values whose streams come from another graph: no expand there."""
+    middle: str = "mean"
+    """How readers in the middle of a trunk see it: "mean" or "sum"."""
+    lanes: dict[Node, Lane] = field(default_factory=dict)
+    """Result: the n-stream twin of every value on a trunk."""
+
+
+def widen_trunks_pass(
+    gm: GraphModule, example_inputs: Sequence[Any], *, widening: Widening
+) -> PassResult:
+    """Carry out ``widening.plan`` on ``gm``, in place.
+
+    Postcondition: each trunk has one expand (or arriving state), a pre and a post per site, and a
+    collapse for every value of it that is read outside its branches.
+    """
+    del example_inputs
+    if not widening.plan.sites:
+        return PassResult(gm, False)
+    _Widener(gm.graph, widening).run()
+    return PassResult(gm, True)
+
+
+class _Widener:
+    def __init__(self, graph: Graph, widening: Widening) -> None:
+        self.graph = graph
+        self.widening = widening
+        self.lanes = widening.lanes
+        self.entries: set[Node] = set()
+        self.replaced: list[Node] = []  # nodes whose value now lives in a lane, in graph order
+        self.heads = {
+            trunk[-1].site.root: widening.heads[trunk[-1].trunk]
+            for trunk in widening.plan.trunks
+            if trunk[-1].trunk in widening.heads
+        }
+
+    def run(self) -> None:
+        for planned in self.widening.plan.sites:
+            self._widen(planned)
+        for departure in self.widening.plan.departures:
+            for node in departure.region if departure is not None else ():
+                self._lift(node)
+        gone = set(self.replaced)
+        for value in self.replaced:
+            self._serve_readers(value, gone)
+        for value in reversed(self.replaced):
+            if not value.users:
+                self.graph.erase_node(value)
+
+    def _widen(self, planned: PlannedSite) -> None:
+        site = planned.site
+        inputs = self.widening.inputs[planned.index]
+        if planned.is_entry:
+            self._enter(planned, inputs)
+        for node in planned.region:
+            self._lift(node)
+        state = self.lanes[site.origin]
+        u, h_post, h_res = self._pre(planned, inputs, state)
+        for reader in list(site.origin.users):
+            if reader in planned.branch or _reads_shape_only(reader):
+                reader.replace_input_with(site.origin, u)
+        for node in reversed(site.skip_path):
+            self._lift(node)
+        self._post(planned, inputs, h_post, h_res)
+
+    def _enter(self, planned: PlannedSite, inputs: SiteInputs) -> None:
+        origin = planned.site.origin
+        self.entries.add(origin)
+        arriving = self.widening.arriving.get(origin)
+        if arriving is not None:
+            self.lanes[origin] = arriving
+            return
+        with self.graph.inserting_after(_last_input(self.graph) if _is_input(origin) else origin):
+            node = self.graph.call_function(
+                torch.ops.mhc.expand.default, (origin, inputs.spec.streams, planned.dim)
+            )
+        _describe(node, planned.site.root, inputs.name)
+        self.lanes[origin] = Lane(node, planned.dim, inputs.spec.streams)
+
+    def _lift(self, node: Node) -> None:
+        if node not in self.lanes:
+            self.lanes[node] = emit_lane(self.graph, node, self.lanes)
+            self.replaced.append(node)
+
+    def _pre(self, planned: PlannedSite, inputs: SiteInputs, state: Lane) -> tuple[Node, Node, Node]:
+        root = planned.site.root
+        anchor = state.node
+        if _is_input(anchor):
+            anchor = _last_input(self.graph)
+        with self.graph.inserting_after(anchor):
+            pre = self.graph.call_function(
+                torch.ops.mhc.pre.default,
+                (state.node, inputs.phi, inputs.bias, inputs.alpha, inputs.spec.encode()),
+            )
+        _describe(pre, root, inputs.name)
+        parts = []
+        last = pre
+        for position in range(3):
+            with self.graph.inserting_after(last):
+                last = self.graph.call_function(operator.getitem, (pre, position))
+            _describe(last, root, inputs.name)
+            parts.append(last)
+        return parts[0], parts[1], parts[2]
+
+    def _post(self, planned: PlannedSite, inputs: SiteInputs, h_post: Node, h_res: Node) -> None:
+        site, graph = planned.site, self.graph
+        skip = self.lanes[site.skip]
+        with graph.inserting_before(site.root):
+            branch = site.branches[0]
+            for other in site.branches[1:]:
+                branch = graph.call_function(operator.add, (branch, other))
+                _describe(branch, site.root, inputs.name)
+            if dims(site.root) not in [dims(leaf) for leaf in site.branches]:  # a branch per channel or per token
+                first = graph.call_function(torch.select, (skip.node, skip.dim - 1, 0))
+                branch = graph.call_function(torch.broadcast_tensors, (branch, first))
+                branch = graph.call_function(operator.getitem, (branch, 0))
+            state = skip.node
+            if dtype_of(site.root) != dtype_of(site.skip):  # type promotion of the sum
+                state = graph.call_method("to", (state, dtype_of(site.root)))
+                _describe(state, site.root, inputs.name)
+            spec = inputs.spec.encode()
+            post = graph.call_function(torch.ops.mhc.post.default, (state, branch, h_post, h_res, spec))
+        _describe(post, site.root, inputs.name)
+        self.lanes[site.root] = Lane(post, skip.dim, skip.streams)
+        self.replaced += [*site.inner, site.root]
+
+    def _serve_readers(self, value: Node, gone: set[Node]) -> None:
+        """Give every remaining reader of a trunk value its collapse."""
+        lane = self.lanes.get(value)
+        readers = [user for user in value.users if user not in gone]
+        if lane is None or not readers:
+            return
+        head = self.heads.get(value, Head(self.widening.middle))
+        weights = head.inputs
+        args = (weights.phi, weights.bias, weights.alpha) if weights else (None, None, None)
+        spec = weights.spec if weights else SiteSpec(streams=lane.streams, dim=lane.dim)
+        with self.graph.inserting_after(lane.node):
+            node = self.graph.call_function(
+                torch.ops.mhc.collapse.default, (lane.node, *args, head.mode, spec.encode())
+            )
+        _describe(node, value, "collapse")
+        for reader in readers:
+            reader.replace_input_with(value, node)
+
+
+def _is_input(node: Node) -> bool:
+    return node.op == "placeholder"
+
+
+def _last_input(graph: Graph) -> Node:
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+
+
+def _reads_shape_only(node: Node) -> bool:
+    """Whether a reader sees sizes and kinds but no values, so that any tensor of the shape will do."""
+    name = op_name(node)
+    if name == "getattr":
+        return node.args[1] in ("shape", "dtype", "device", "ndim")
+    return name in _SHAPE_ONLY
+
+
+def _describe(node: Node, origin: Node, name: str) -> None:
+    """Source line, owner and recompute tags of a new node: those of the operation it stands for."""
+    node.meta = {k: v for k, v in origin.meta.items() if k not in _VALUE_META}
+    node.meta["custom"] = {**origin.meta.get("custom", {}), "mhc": name}
