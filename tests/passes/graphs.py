@@ -50,14 +50,19 @@ class Builder:
 
 
 def capture(module: nn.Module, *args: Any) -> Graph:
-    """A copy of the single Dynamo graph of ``module``, whose metadata outlives the compilation."""
+    """The single Dynamo graph of ``module``."""
+    (graph,) = captures(module, *args)
+    return graph
+
+
+def captures(module: nn.Module, *args: Any, **kwargs: Any) -> list[Graph]:
+    """Copies of the Dynamo graphs of one call, whose metadata outlives the compilation."""
     graphs: list[Graph] = []
 
     def collect(gm: GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
         copy = Graph()
         mapping: dict[Node, Node] = {}
-        output = copy.graph_copy(gm.graph, mapping)
-        copy.output(output)
+        copy.output(copy.graph_copy(gm.graph, mapping))
         for old, new in mapping.items():
             if hasattr(old, "_dynamo_source"):
                 new._dynamo_source = old._dynamo_source
@@ -66,9 +71,8 @@ def capture(module: nn.Module, *args: Any) -> Graph:
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(module, backend=collect, fullgraph=True)(*args)
-    (graph,) = graphs
-    return graph
+        torch.compile(module, backend=collect)(*args, **kwargs)
+    return graphs
 
 
 def _values(args: Any) -> Any:
