@@ -52,8 +52,7 @@ class FlowIndex:
         self._inputs: list[tuple[int, ...]] = []
         self._traits: list[int] = []
         self._varies: list[bool] = []
-        # a write into a float tensor (y[0] = f has no value of its own) carries floats as well
-        floats = [carries_float(_written_value(node) or node) for node in self.nodes]
+        floats: list[bool] = []
         written: dict[Node, int] = {}  # value -> the last node that wrote into it
         for i, node in enumerate(self.nodes):
             sources = [written.get(n, self.position[n]) for n in node.all_input_nodes]
@@ -62,6 +61,8 @@ class FlowIndex:
             self._varies.append(_is_input(node) or any(self._varies[j] for j in sources))
             self._traits.append(traits(node) if node.op.startswith("call") else 0)
             target = _written_value(node)
+            # y[0] = f has no value of its own, but passes floats on to the readers of y
+            floats.append(carries_float(node if target is None else target))
             inputs = [j for j in sources if floats[j]]
             while target is not None:  # a view writes through to what it looks at
                 if target in written:

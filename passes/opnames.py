@@ -5,6 +5,9 @@ ATen overloads. Passes compare `op_name`, so that ``x + y``, ``torch.add``, ``x.
 ``aten.add.Tensor`` are all ``"add"``.
 """
 
+from functools import lru_cache
+from typing import Any
+
 import torch.nn.functional as F
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
@@ -41,21 +44,38 @@ _IN_PLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", 
 
 def raw_name(node: Node) -> str:
     """The operation's own name: ``iadd``, ``add_``, ``linear``; "" for a node without a call."""
-    target = node.target
+    if node.op == "call_function":
+        # x.real, x.mT
+        return str(node.args[1]) if node.target is getattr else _function_name(node.target)
     if node.op == "call_method":
-        return str(target)
-    if node.op == "call_module":
-        return "call_module"
-    if node.op != "call_function":
-        return ""
+        return str(node.target)
+    return "call_module" if node.op == "call_module" else ""
+
+
+def op_name(node: Node) -> str:
+    """The operation without its spelling: ``add`` for ``iadd``, ``add_`` and ``aten.add``."""
+    return _plain(raw_name(node))
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether the node writes its first argument: ``x += f``, ``relu(x, inplace=True)``."""
+    name = raw_name(node)
+    if name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    if not name.endswith("_") or name.endswith("__"):
+        return False
+    # operator.and_ is named so because "and" is a keyword
+    return getattr(node.target, "__module__", None) != "_operator"
+
+
+@lru_cache(maxsize=4096)
+def _function_name(target: Any) -> str:
     if isinstance(target, OpOverload):
         return _bare(target._schema.name)
     if isinstance(target, OpOverloadPacket):
         return _bare(target._qualified_op_name)
     if isinstance(target, HigherOrderOperator):
         return f"higher_order.{target.__name__}"
-    if target is getattr:  # x.real, x.mT
-        return str(node.args[1])
     known = _BY_OBJECT.get(target)
     return known if known is not None else str(getattr(target, "__name__", target))
 
@@ -65,19 +85,8 @@ def _bare(qualified: str) -> str:
     return name if namespace == "aten" else f"{namespace}.{name}"
 
 
-def op_name(node: Node) -> str:
-    """The operation without its spelling: ``add`` for ``iadd``, ``add_`` and ``aten.add``."""
-    name = raw_name(node)
+@lru_cache(maxsize=4096)
+def _plain(name: str) -> str:
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return _ALIASES.get(name, name)
-
-
-def is_in_place(node: Node) -> bool:
-    """Whether the node writes its first argument: ``x += f``, ``relu(x, inplace=True)``."""
-    name = raw_name(node)
-    if name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
-        return True
-    # operator.and_ is named so because "and" is a keyword
-    named_so = getattr(node.target, "__module__", None) == "_operator"
-    return name.endswith("_") and not name.endswith("__") and not named_so

@@ -35,7 +35,7 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
 
 @contextmanager
 def _without_checkout() -> Iterator[None]:
-    """Hide the checkout's folder ``kernels`` from libraries that look for a package of that name."""
+    """Hide the checkout's folder ``kernels`` from libraries that look for a package so named."""
     kept = list(sys.path)
     sys.path[:] = [entry for entry in kept if Path(entry or ".").resolve() != _ROOT]
     try:
@@ -53,9 +53,9 @@ def transformers() -> ModuleType:
 
 
 def timm() -> ModuleType:
-    """The timm library, which needs torchvision only to be imported: a stand-in serves if it is absent.
+    """The timm library, which needs torchvision only to be imported.
 
-    The stand-in is taken away again, as other libraries would try to use it.
+    Where it is absent a stand-in serves. It is taken away again: other libraries would use it.
     """
     if "timm" in sys.modules or importlib.util.find_spec("torchvision") is not None:
         return importlib.import_module("timm")
@@ -365,5 +365,6 @@ _diffusers(
         "txt_ids": torch.zeros(7, 3),
     },
     patch_size=1, in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=16,
-    num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(4, 6, 6),
+    num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=24,
+    axes_dims_rope=(4, 6, 6),
 )  # fmt: skip

@@ -1,3 +1,4 @@
+import heapq
 import operator
 
 import pytest
@@ -471,3 +472,27 @@ def test_training_graph_has_the_sites_of_the_evaluation_graph():
     x = torch.ones(2, 5, 8)
     found = [find_residuals(capture(net.train(mode), x)) for mode in (True, False)]
     assert found[0].trunks == found[1].trunks == ((0, 1, 2, 3),)
+
+
+def test_work_grows_linearly_with_the_graph(monkeypatch):
+    def visits(layers):
+        b = Builder()
+        x = b.input(*SHAPE)
+        for _ in range(layers):
+            x = b.call(operator.add, x, ffn(b, x))
+            x = b.call(operator.add, x, b.parameter(6, 4))
+        graph = b.output(x)
+        count = 0
+        pop = heapq.heappop
+
+        def counted(heap):
+            nonlocal count
+            count += 1
+            return pop(heap)
+
+        monkeypatch.setattr(heapq, "heappop", counted)
+        find_residuals(graph)
+        monkeypatch.setattr(heapq, "heappop", pop)
+        return count
+
+    assert visits(40) == 4 * visits(10)
