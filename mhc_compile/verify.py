@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from mhc_compile.backend import mhc
 from mhc_compile.checks import (
     SEED,
     Check,
@@ -125,7 +126,7 @@ def _compare(build: Callable[[], Built], config: MHCConfig, *, train: bool) -> l
     if not report.converted:
         raise UnsupportedGraphError(f"{report.model} has no residual site that can be converted")
     options = {**_changed(config), "inner": "aot_eager"}
-    compiled = torch.compile(model, backend="mhc", options=options)
+    compiled = torch.compile(model, backend=mhc, options=options)
     actual = _run(compiled, model, names, args, kwargs)
     return [
         compare_outputs(f"outputs, {_mode(train)}", expected[0], actual[0]),
