@@ -30,11 +30,10 @@ class Frame:
         self._tx = tx
         self._gm = gm
         self._sources: dict[int, Source] = {}
-        self.modules: dict[int, nn.Module] = {}
-        """Every module reachable from the frame's variables, by ``id``."""
+        self._modules: dict[int, nn.Module] = {}
         for name, value in self._named_modules():
             for module in value.modules():
-                self.modules.setdefault(id(module), module)
+                self._modules.setdefault(id(module), module)
             self._sources.setdefault(id(value), name)
 
     @classmethod
@@ -70,6 +69,11 @@ class Frame:
         # A resumed frame reorders its variables; a wrapped forward keeps `self` in a closure.
         found = scope.get("self")
         return found if isinstance(found, nn.Module) else None
+
+    @property
+    def modules(self) -> dict[int, nn.Module]:
+        """Every module reachable from the frame's variables, by ``id``."""
+        return self._modules
 
     @property
     def names(self) -> dict[int, str]:
@@ -134,7 +138,7 @@ class Frame:
         if known is not None:
             return known
         for ident, source in list(self._sources.items()):
-            ancestor = self.modules[ident]
+            ancestor = self._modules[ident]
             for path, module in ancestor.named_modules():
                 if module is owner:
                     for key in path.split("."):

@@ -10,7 +10,7 @@ from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
 from mhc_compile.analysis import filtered
-from mhc_compile.capture import Capture, capture_model
+from mhc_compile.capture import capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.guard import check_calls_, uncheck_calls_
@@ -108,11 +108,7 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
     Raises:
         UnsupportedGraphError: a host has an attribute ``mhc`` of its own, or its calls differ.
     """
-    owned: dict[int, _Owned] = {}
-    for use in uses:
-        if use.hosted.host is not None:
-            owned.setdefault(id(use.hosted.host), _Owned(use.hosted.host)).uses.append(use)
-    ready = [(entry.host, _build(entry, config)) for entry in owned.values()]
+    ready = build_sites(uses, config)
     done: list[nn.Module] = []
     try:
         for host, sites in ready:
@@ -127,6 +123,15 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
             uncheck_calls_(host)
             vars(host).pop(SEEN, None)
         raise
+
+
+def build_sites(uses: Sequence[SiteUse], config: MHCConfig) -> list[tuple[nn.Module, MHCSites]]:
+    """Fresh parameters for every host of ``uses``, attached to nothing yet."""
+    owned: dict[int, _Owned] = {}
+    for use in uses:
+        if use.hosted.host is not None:
+            owned.setdefault(id(use.hosted.host), _Owned(use.hosted.host)).uses.append(use)
+    return [(entry.host, _build(entry, config)) for entry in owned.values()]
 
 
 def _build(entry: _Owned, config: MHCConfig) -> MHCSites:
@@ -202,8 +207,3 @@ def _filter(hosted: Sequence[HostedSite], config: MHCConfig, names: Mapping[int,
         if reason is not None:
             refused[site.index] = reason
     return refused
-
-
-def captured_anything(capture: Capture) -> bool:
-    """Whether any site of the capture will be rewritten."""
-    return any(graph.plan.sites for graph in capture.graphs)
