@@ -172,17 +172,15 @@ def example_of(placeholder: Node) -> Any:
     return placeholder.meta["grapharg"].example
 
 
-def is_module_state(placeholder: Node) -> bool:
-    """Whether a placeholder of a Dynamo graph is a parameter, buffer or other attribute of a module."""
-    grapharg = placeholder.meta.get("grapharg")
-    if grapharg is not None and isinstance(grapharg.example, nn.Parameter):
-        return True
-    source = getattr(placeholder, "_dynamo_source", None)
-    while source is not None:
-        if isinstance(source, ModuleSource | ParameterSource):
-            return True
-        source = getattr(source, "base", None)
-    return False
+def fake_like(example: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+    """A fake input of ``shape`` for the compilation that is under way, otherwise like ``example``.
+
+    Dynamo changes its fake mode between capture and backend; AOTAutograd wants the later one.
+    """
+    mode = torch._guards.detect_fake_mode() or example.fake_mode  # type: ignore[attr-defined]
+    with mode:
+        made = torch.empty(shape, dtype=example.dtype, device=example.device)
+    return made.requires_grad_(example.requires_grad)
 
 
 def compile_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Compiled:

@@ -79,10 +79,7 @@ def compile_frame(
     frame = Frame.current(gm)
     matches = Matches(frame, config)
     copy, where = copy_captured(gm)
-    analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), matches.refuse)
-    copy.recompile()
-    if observe is not None:
-        observe("before", copy)
+    analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), matches.refuse, observe)
     if matches.is_new:
         matches.records = convert_now(analysis, frame, config)
     else:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
 from mhc_compile.analysis import filtered
-from mhc_compile.capture import capture_model
+from mhc_compile.capture import GraphObserver, capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.guard import check_calls_, uncheck_calls_
@@ -61,19 +61,34 @@ def convert_(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kw
         ConfigError: the model is converted already, with another configuration.
         UnsupportedGraphError: nothing of the model can be captured or converted; it says why.
     """
-    config = config or MHCConfig()
+    return convert_observed(model, args, kwargs, config or MHCConfig(), None)
+
+
+def convert_observed(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    config: MHCConfig,
+    observe: GraphObserver | None,
+) -> Report:
+    """`convert_`, with a look at the graphs on the way."""
     already = next((sites for m in model.modules() if (sites := sites_of(m)) is not None), None)
     if already is not None and already.config != asdict(config):
         raise ConfigError(
             f"the model is converted already, with {already.config}: mhc_compile.revert_(model) takes that off"
         )
     names = _names(model)
-    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names))
+    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names), observe)
     uses = site_uses(capture)
     if already is None:
         attach_(uses, config)
         reset_dynamo()
     return build_report(model, capture, config, uses, converted=True)
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `convert_` or a first call has put parameters on any module of ``model``."""
+    return any(sites_of(module) is not None for module in model.modules())
 
 
 def revert_(model: nn.Module) -> None:

@@ -52,10 +52,7 @@ def rewrite(
     exported = _export(model, args, kwargs, dynamic_shapes)
     scope = _ExportScope(model)
     matches = Matches(scope, config)
-    analysis = analyse(exported, resolve_by_path(model), matches.refuse)
-    exported.recompile()
-    if observe is not None:
-        observe("before", exported)
+    analysis = analyse(exported, resolve_by_path(model), matches.refuse, observe)
     if matches.is_new:
         built = {id(host): sites for host, sites in build_sites(first_uses(analysis), config)}
         matches.records = new_records(analysis, lambda host: built.get(id(host)))
