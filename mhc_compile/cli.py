@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     warnings.simplefilter("default", MHCWarning)
+    # torch warns about its own code when a graph is copied.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
     try:
         status: int = options.run(options)
     except MHCError as error:
@@ -80,8 +82,8 @@ def _dump(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"files": [str(file) for file in files]}, indent=2))
     else:
-        written = [f"{len(files)} files in {options.out}; start with before_after.diff"]
-        show(summary_line(report), (), [*report.notes, *written])
+        where = f"{len(files)} files in {options.out}, to start with graph_0/fw/before_after.diff"
+        show(f"{summary_line(report)}\n{where}", (), report.notes)
     return _require_match(options, found=bool(report.converted))
 
 
