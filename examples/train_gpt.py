@@ -169,9 +169,9 @@ def show(rows: list[dict[str, float | str | int]], steps: int) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Last loss: mean of the last 10 steps. Gains: of the product of all stream mixings, averaged\n"
-        "over the tokens of one batch; 1 neither amplifies nor damps. Spread: how far the streams are\n"
-        "apart at the end of the trunk."
+        "Last loss: mean of the last 10 steps. Gains: of the product of all stream mixings,\n"
+        "averaged over the tokens of one batch; 1 neither amplifies nor damps. Spread: how far\n"
+        "the streams are apart at the end of the trunk."
     )
 
 

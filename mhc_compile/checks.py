@@ -21,7 +21,7 @@ COLUMN_BOUND = 1e-3
 """Of 20 Sinkhorn steps on logits as `perturb` leaves them; wide logits need more steps."""
 
 SEED = 0
-_STEP = 1e-6
+_STEP = 1e-5
 _DIRECTIONS = 2
 _GRADIENT_FLOOR = 0.01
 
@@ -191,10 +191,12 @@ def in_float64(module: fx.GraphModule) -> fx.GraphModule:
     def widen(argument: Any) -> Any:
         return torch.float64 if argument is torch.float32 else argument
 
-    for node in module.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, widen)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
-    module.recompile()
+    for part in module.modules():  # bodies of higher-order ops are graphs of their own
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, widen)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
+            part.recompile()
     return module
 
 

@@ -8,11 +8,12 @@ float64; ``H_res`` is doubly stochastic after its parameters have moved.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from mhc_compile.backend import mhc
 from mhc_compile.checks import (
     SEED,
     Check,
@@ -26,8 +27,10 @@ from mhc_compile.checks import (
     projected,
 )
 from mhc_compile.config import MHCConfig
+from mhc_compile.convert import convert_
 from mhc_compile.errors import UnsupportedGraphError, VerificationError
 from mhc_compile.kernels.constraints import constraint_named
+from mhc_compile.rewrite import rewrite
 from mhc_compile.stability import SiteStability, measure
 from mhc_compile.targets import Built
 
@@ -89,8 +92,6 @@ def verify(
         UnsupportedGraphError: the model has no residual site, or cannot be rewritten.
         VerificationError: the model returns no float tensor to compare.
     """
-    from mhc_compile import rewrite
-
     config = config or MHCConfig()
     checks: list[Check] = []
     for train in (False, True):
@@ -99,7 +100,7 @@ def verify(
     tell("moving the new parameters")
     model, args, kwargs = build()
     old = {name for name, _ in model.named_parameters()}
-    module = cast("fx.GraphModule", rewrite(model.eval(), *args, config=config, **kwargs))
+    module = rewrite(model.eval(), *args, config=config, **kwargs)
     new = {name: p for name, p in module.named_parameters() if name not in old}
     perturb(new)
     sites = measure(module, *args, **kwargs).sites
@@ -112,8 +113,6 @@ def verify(
 
 def _compare(build: Callable[[], Built], config: MHCConfig, *, train: bool) -> list[Check]:
     """Outputs and gradients of the old parameters, converted against plain."""
-    from mhc_compile import convert_
-
     model, args, kwargs = build()
     disable_dropout(model.train(train))
     names = [name for name, _ in model.named_parameters()]
@@ -125,7 +124,7 @@ def _compare(build: Callable[[], Built], config: MHCConfig, *, train: bool) -> l
     if not report.converted:
         raise UnsupportedGraphError(f"{report.model} has no residual site that can be converted")
     options = {**_changed(config), "inner": "aot_eager"}
-    compiled = torch.compile(model, backend="mhc", options=options)
+    compiled = torch.compile(model, backend=mhc, options=options)
     actual = _run(compiled, model, names, args, kwargs)
     return [
         compare_outputs(f"outputs, {_mode(train)}", expected[0], actual[0]),

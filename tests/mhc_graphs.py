@@ -26,16 +26,16 @@ def rewritten_network(spec: SiteSpec, *, trunks: tuple[int, ...] = (2,)) -> fx.G
             site = nn.Module()
             for key, tensor in initial_parameters(spec, WIDTH, index=index).items():
                 site.register_parameter(key, nn.Parameter(tensor))
-            setattr(root, f"mhc_{name}", site)
-            setattr(root, f"linear_{name}", nn.Linear(WIDTH, WIDTH))
+            owner = nn.Linear(WIDTH, WIDTH)
+            owner.mhc = nn.ModuleDict({"add0": site})
+            setattr(root, name, owner)
             read = {
-                key: graph.get_attr(f"mhc_{name}.{key}") if hasattr(site, key) else None
+                key: graph.get_attr(f"{name}.mhc.add0.{key}") if hasattr(site, key) else None
                 for key in ("phi", "bias", "alpha")
             }
             pre = graph.call_function(ops.pre.default, (state, *read.values(), text))
-            pre.meta["custom"] = {"mhc": f"{name}.add0"}
             u, h_post, h_res = (graph.call_function(_item, (pre, i)) for i in range(3))
-            branch = graph.call_function(torch.tanh, (graph.call_module(f"linear_{name}", (u,)),))
+            branch = graph.call_function(torch.tanh, (graph.call_module(name, (u,)),))
             # The detour through float32 is what norms of real models do.
             branch = graph.call_method("to", (branch,), {"dtype": torch.float32})
             state = graph.call_function(ops.post.default, (state, branch, h_post, h_res, text))

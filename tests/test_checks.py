@@ -26,7 +26,7 @@ from tests.mhc_graphs import WIDTH, rewritten_network
 
 def _moved_network(spec: SiteSpec) -> tuple[fx.GraphModule, list[str]]:
     module = rewritten_network(spec)
-    new = {name: p for name, p in module.named_parameters() if "mhc_" in name}
+    new = {name: p for name, p in module.named_parameters() if ".mhc." in name}
     perturb(new)
     return module, list(new)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import mhc_compile
 from mhc_compile import cli
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
@@ -46,7 +45,7 @@ class _Explain:
 @pytest.fixture
 def explain(monkeypatch: pytest.MonkeyPatch) -> _Explain:
     fake = _Explain(example_report())
-    monkeypatch.setattr(mhc_compile, "explain", fake, raising=False)
+    monkeypatch.setattr(cli, "explain", fake)
     return fake
 
 

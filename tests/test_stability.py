@@ -20,7 +20,7 @@ def _input() -> torch.Tensor:
 def _set_h_res(module: torch.nn.Module, site: str, matrix: list[list[float]]) -> None:
     """Of a static unconstrained site, whose bias holds H_res as it is."""
     with torch.no_grad():
-        bias = module.get_parameter(f"mhc_{site}.bias")
+        bias = module.get_parameter(f"{site}.mhc.add0.bias")
         bias[-4:] = torch.tensor(matrix).flatten()
 
 
@@ -82,7 +82,7 @@ def test_composite_is_the_mean_over_tokens_of_the_products() -> None:
     module = rewritten_network(SiteSpec(streams=3))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "mhc_" in name:
+            if ".mhc." in name:
                 parameter.add_(torch.randn_like(parameter))
     x = _input()
     maps = _h_res_of(module, x)
@@ -120,7 +120,7 @@ def test_spread_is_the_part_of_the_state_that_is_not_common() -> None:
     module = rewritten_network(STATIC_HC)
     _set_h_res(module, "t0_s0", [[2.0, 0.0], [0.0, 0.0]])
     with torch.no_grad():  # streams become 2x and 0: their mean is x, the rest has the same size
-        module.get_parameter("mhc_t0_s0.bias")[2:4] = 0.0
+        module.get_parameter("t0_s0.mhc.add0.bias")[2:4] = 0.0
     first, second = measure(module, _input()).sites
     assert first.spread == 0
     assert second.spread == pytest.approx(0.5**0.5)
