@@ -16,6 +16,8 @@ from mhc_compile.errors import (
     VerificationError,
 )
 from mhc_compile.report import RejectedAdd, Report, Site, Trunk
+from mhc_compile.rewrite import rewrite
+from mhc_compile.stability import StabilityReport, stability
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "RejectedAdd",
     "Report",
     "Site",
+    "StabilityReport",
     "Trunk",
     "UnsupportedGraphError",
     "VerificationError",
@@ -35,4 +38,6 @@ __all__ = [
     "explain",
     "mhc_parameters",
     "revert_",
+    "rewrite",
+    "stability",
 ]

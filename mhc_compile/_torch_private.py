@@ -30,11 +30,10 @@ class Frame:
         self._tx = tx
         self._gm = gm
         self._sources: dict[int, Source] = {}
-        self.modules: dict[int, nn.Module] = {}
-        """Every module reachable from the frame's variables, by ``id``."""
+        self._modules: dict[int, nn.Module] = {}
         for name, value in self._named_modules():
             for module in value.modules():
-                self.modules.setdefault(id(module), module)
+                self._modules.setdefault(id(module), module)
             self._sources.setdefault(id(value), name)
 
     @classmethod
@@ -70,6 +69,11 @@ class Frame:
         # A resumed frame reorders its variables; a wrapped forward keeps `self` in a closure.
         found = scope.get("self")
         return found if isinstance(found, nn.Module) else None
+
+    @property
+    def modules(self) -> dict[int, nn.Module]:
+        """Every module reachable from the frame's variables, by ``id``."""
+        return self._modules
 
     @property
     def names(self) -> dict[int, str]:
@@ -134,7 +138,7 @@ class Frame:
         if known is not None:
             return known
         for ident, source in list(self._sources.items()):
-            ancestor = self.modules[ident]
+            ancestor = self._modules[ident]
             for path, module in ancestor.named_modules():
                 if module is owner:
                     for key in path.split("."):
@@ -168,17 +172,15 @@ def example_of(placeholder: Node) -> Any:
     return placeholder.meta["grapharg"].example
 
 
-def is_module_state(placeholder: Node) -> bool:
-    """Whether a placeholder of a Dynamo graph is a parameter, buffer or other attribute of a module."""
-    grapharg = placeholder.meta.get("grapharg")
-    if grapharg is not None and isinstance(grapharg.example, nn.Parameter):
-        return True
-    source = getattr(placeholder, "_dynamo_source", None)
-    while source is not None:
-        if isinstance(source, ModuleSource | ParameterSource):
-            return True
-        source = getattr(source, "base", None)
-    return False
+def fake_like(example: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+    """A fake input of ``shape`` for the compilation that is under way, otherwise like ``example``.
+
+    Dynamo changes its fake mode between capture and backend; AOTAutograd wants the later one.
+    """
+    mode = torch._guards.detect_fake_mode() or example.fake_mode  # type: ignore[attr-defined]
+    with mode:
+        made = torch.empty(shape, dtype=example.dtype, device=example.device)
+    return made.requires_grad_(example.requires_grad)
 
 
 def compile_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Compiled:

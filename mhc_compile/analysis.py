@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from mhc_compile.config import MHCConfig
 from mhc_compile.hosts import HostedSite, Resolve, erase_markers, hosted_sites, marked_calls
-from mhc_compile.passes.canonicalize import canonicalize_pass
 from mhc_compile.passes.plan import Plan, plan_trunks
-from mhc_compile.passes.residuals import Residuals, find_residuals
+from mhc_compile.passes.residuals import find_residuals
+from mhc_compile.passes.sites import Residuals
+from mhc_compile.pipeline import Observer, canonical_passes, run_passes
 
-Refuse = Callable[[HostedSite], str | None]
+Refuse = Callable[[list[HostedSite]], Mapping[int, str]]
 
 
 @dataclass(slots=True)
@@ -28,17 +29,21 @@ class Analysis:
     """Calls of converted modules in this graph."""
 
 
-def analyse(gm: GraphModule, resolve: Resolve, refuse: Callable[[list[HostedSite]], Mapping[int, str]]) -> Analysis:
+def analyse(gm: GraphModule, resolve: Resolve, refuse: Refuse, observe: Observer | None = None) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
 
     Args:
         gm: a copy of a captured graph.
         resolve: modules of the graph's module calls.
         refuse: given all hosted sites, the ones to leave alone and why.
+        observe: sees the graph as captured ("before"), and after each change.
     """
-    canonicalize_pass(gm, ())
+    if observe is not None:
+        observe("before", gm)
+    run_passes(gm, (), canonical_passes(), observe)
     markers = marked_calls(gm.graph, resolve)
     erase_markers(gm.graph)
+    gm.recompile()
     residuals = find_residuals(gm.graph)
     hosted = hosted_sites(residuals, resolve)
     refused = {site.index: site.refusal for site in hosted if site.refusal}
@@ -54,9 +59,3 @@ def filtered(name: str, config: MHCConfig) -> str | None:
         return f"no pattern of include={config.include} matches {name}"
     hit = next((pattern for pattern in config.exclude if fnmatchcase(name, pattern)), None)
     return f"excluded by {hit!r}" if hit is not None else None
-
-
-def input_of(analysis: Analysis, trunk: int) -> Node | None:
-    """The graph input a trunk starts from, if its entry is one."""
-    origin = analysis.plan.trunks[trunk][0].site.origin
-    return origin if origin.op == "placeholder" else None

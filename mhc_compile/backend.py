@@ -15,13 +15,13 @@ from mhc_compile._torch_private import (
     passing_through,
 )
 from mhc_compile.analysis import analyse
-from mhc_compile.binding import bind_parameters
+from mhc_compile.binding import bind, lift_parameters
 from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now
-from mhc_compile.match import Matches, check_options
+from mhc_compile.match import Matches, check_options, sites_of
 from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
 
 
@@ -79,20 +79,18 @@ def compile_frame(
     frame = Frame.current(gm)
     matches = Matches(frame, config)
     copy, where = copy_captured(gm)
-    analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), matches.refuse)
-    copy.recompile()
-    if observe is not None:
-        observe("before", copy)
+    analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), matches.refuse, observe)
     if matches.is_new:
         matches.records = convert_now(analysis, frame, config)
     else:
         check_options(analysis, given, config)
         matches.check(analysis)
     borders = Borders(analysis, matches.records)
-    widening = bind_parameters(gm, analysis, matches.records, frame, where, borders)
+    node_of = lift_parameters(gm, analysis, matches.records, sites_of, frame, where)
+    widening = bind(analysis, matches.records, sites_of, node_of, borders.arrive(copy.graph))
     run_passes(copy, (), rewrite_passes(widening), observe)
     borders.leave(copy, widening)
-    inputs = [borders.example(node) or example_of(node) for node in _inputs(copy)]
+    inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]
     return borders.wrap(_lower(copy, inputs, config, mode))
 
 

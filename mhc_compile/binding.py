@@ -1,97 +1,115 @@
 """Give the rewrite the nodes that hold each site's parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from mhc_compile._torch_private import Frame
 from mhc_compile.analysis import Analysis
-from mhc_compile.borders import Borders
-from mhc_compile.match import sites_of
+from mhc_compile.passes.lanes import Lane
 from mhc_compile.passes.plan import PlannedSite
 from mhc_compile.passes.widen import Head, SiteInputs, Widening
-from mhc_compile.site import MHCSite, SiteRecord
+from mhc_compile.site import MHCSite, MHCSites, SiteRecord
+
+SitesOf = Callable[[nn.Module], MHCSites | None]
+NodeOf = Callable[[nn.Module, str, str], Node]
+"""(host, key, parameter name) -> the node of the working graph that holds it."""
 
 
-def bind_parameters(
+def bind(
+    analysis: Analysis,
+    records: Mapping[int, SiteRecord],
+    sites_of: SitesOf,
+    node_of: NodeOf,
+    arriving: Mapping[Node, Lane],
+) -> Widening:
+    """Everything `widen_trunks_pass` needs for an analysed graph.
+
+    Args:
+        analysis: of the graph to be rewritten.
+        records: of its planned sites, by site index.
+        sites_of: parameters of a host.
+        node_of: where the graph holds a parameter.
+        arriving: values whose streams come from another graph.
+    """
+    plan = analysis.plan
+    inputs, heads, middle = {}, {}, "mean"
+    for planned in plan.sites:
+        record, host = records[planned.index], host_of(analysis, planned)
+        sites = sites_of(host)
+        assert sites is not None, "a planned site has parameters"
+        middle = "sum" if sites.config["collapse"] == "sum" else "mean"
+        nodes = {name: node_of(host, record.key, name) for name in parameter_names(sites, record)}
+        site = sites[record.key]
+        assert isinstance(site, MHCSite)
+        own = {name: node for name, node in nodes.items() if not name.startswith("head_")}
+        head = {name.removeprefix("head_"): node for name, node in nodes.items() if name not in own}
+        inputs[planned.index] = _inputs(record.key, site, planned.dim, own)
+        if head and planned is plan.trunks[planned.trunk][-1]:
+            dim = plan.dims[planned.site.root]
+            heads[planned.trunk] = Head("learned", _inputs("collapse", site, dim, head))
+    for trunk in range(len(plan.trunks)):
+        heads.setdefault(trunk, Head(middle))
+    return Widening(plan, inputs, heads=heads, arriving=arriving, middle=middle)
+
+
+def host_of(analysis: Analysis, planned: PlannedSite) -> nn.Module:
+    """The module that keeps a planned site."""
+    host = analysis.hosted[planned.index].host
+    assert host is not None, "a site without a host is refused before planning"
+    return host
+
+
+def parameter_names(sites: MHCSites, record: SiteRecord) -> list[str]:
+    """Parameters of one site: bias, phi and alpha if dynamic, head_* at the end of a learned collapse."""
+    return [name for name, _ in sites[record.key].named_parameters(recurse=False)]
+
+
+def lift_parameters(
     captured: GraphModule,
     analysis: Analysis,
     records: Mapping[int, SiteRecord],
+    sites_of: SitesOf,
     frame: Frame,
     where: dict[Node, Node],
-    borders: Borders,
-) -> Widening:
+) -> NodeOf:
     """Let Dynamo lift the parameters of every planned site, and mirror them into the working copy.
 
     Args:
         captured: the graph Dynamo gave; it gains placeholders, nothing else.
         analysis: of the working copy, which gains the same placeholders in the same order.
-        records: of the planned sites, by site index.
+        records: of the planned sites.
+        sites_of: parameters of a host.
         frame: the frame being compiled.
         where: node of ``captured`` -> node of the copy.
-        borders: where streams arrive from other graphs.
     """
-    lifted: dict[int, dict[str, Node]] = {}
-    heads: dict[int, dict[str, Node]] = {}
+    lifted: dict[tuple[int, str, str], Node] = {}
     for planned in analysis.plan.sites:
-        record, site = records[planned.index], site_of(analysis, planned, records)
-        host = analysis.hosted[planned.index].host
-        assert host is not None
-        names = [name for name, _ in site.named_parameters(recurse=False)]
-        nodes = {name: frame.lift(host, ("mhc", record.key), name) for name in names}
-        lifted[planned.index] = {n: node for n, node in nodes.items() if not n.startswith("head_")}
-        if record.ends and planned is analysis.plan.trunks[planned.trunk][-1]:
-            heads[planned.trunk] = {n.removeprefix("head_"): node for n, node in nodes.items() if n.startswith("head_")}
+        record, host = records[planned.index], host_of(analysis, planned)
+        sites = sites_of(host)
+        assert sites is not None
+        for name in parameter_names(sites, record):
+            lifted[id(host), record.key, name] = frame.lift(host, ("mhc", record.key), name)
     _mirror(captured, analysis.gm, where)
-    inputs, ends = {}, {}
-    for planned in analysis.plan.sites:
-        site = site_of(analysis, planned, records)
-        name = records[planned.index].key
-        inputs[planned.index] = _inputs(name, site, planned.dim, lifted[planned.index], where)
-        if heads.get(planned.trunk) and planned is analysis.plan.trunks[planned.trunk][-1]:
-            dim = analysis.plan.dims[planned.site.root]
-            ends[planned.trunk] = Head("learned", _inputs("collapse", site, dim, heads[planned.trunk], where))
-    return Widening(
-        analysis.plan, inputs, heads=ends, arriving=borders.arrive(analysis.gm.graph), middle=_middle(analysis)
-    )
+    return lambda host, key, name: where[lifted[id(host), key, name]]
 
 
-def site_of(analysis: Analysis, planned: PlannedSite, records: Mapping[int, SiteRecord]) -> MHCSite:
-    """The parameters of a planned site."""
-    host = analysis.hosted[planned.index].host
-    sites = sites_of(host) if host is not None else None
-    assert sites is not None, "a planned site has a host, and that its sites"
-    site = sites[records[planned.index].key]
-    assert isinstance(site, MHCSite)
-    return site
-
-
-def _inputs(name: str, site: MHCSite, dim: int, nodes: Mapping[str, Node], where: Mapping[Node, Node]) -> SiteInputs:
-    mapped = {key: where[node] for key, node in nodes.items()}
-    return SiteInputs(
-        name, replace(site.spec, dim=dim), mapped["bias"], mapped.get("phi"), mapped.get("alpha")
-    )
-
-
-def _middle(analysis: Analysis) -> str:
-    for site in analysis.hosted:
-        sites = sites_of(site.host) if site.host is not None else None
-        if sites is not None and len(sites):
-            return "sum" if sites.config["collapse"] == "sum" else "mean"
-    return "mean"
+def _inputs(name: str, site: MHCSite, dim: int, nodes: Mapping[str, Node]) -> SiteInputs:
+    spec = replace(site.spec, dim=dim)
+    return SiteInputs(name, spec, nodes["bias"], nodes.get("phi"), nodes.get("alpha"))
 
 
 def _mirror(captured: GraphModule, copy: GraphModule, where: dict[Node, Node]) -> None:
     """Give ``copy`` the placeholders that lifting added to ``captured``, in the same places."""
-    previous: Node | None = None
+    graph = copy.graph
+    previous: Node = graph._root  # the sentinel before the first node
     for node in captured.graph.nodes:
         if node.op != "placeholder":
             continue
         if node not in where:
-            graph = copy.graph
-            first = previous is None
-            with graph.inserting_before(next(iter(graph.nodes))) if first else graph.inserting_after(previous):
+            with graph.inserting_after(previous):
                 new = graph.placeholder(node.name)
             new.meta = dict(node.meta)
             new._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile import carry
-from mhc_compile._torch_private import Compiled, without_tracing
+from mhc_compile._torch_private import Compiled, fake_like, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.match import record_start, sites_of
@@ -82,17 +82,15 @@ class Borders:
             lanes[arrival.boundary.value] = Lane(state, arrival.boundary.dim, arrival.streams)
         return lanes
 
-    def example(self, placeholder: Node) -> Any:
-        """A fake example for an arriving state; None for every other input."""
-        for arrival in self._arrivals:
-            if arrival.state is placeholder:
-                visible = arrival.boundary.value.meta["example_value"]
-                dim = arrival.boundary.dim
-                shape = (*visible.shape[:dim], arrival.streams, *visible.shape[dim:])
-                with visible.fake_mode:
-                    state = torch.empty(shape, dtype=visible.dtype, device=visible.device)
-                return state.requires_grad_(visible.requires_grad)
-        return None
+    def is_state(self, placeholder: Node) -> bool:
+        """Whether an input of the rewritten graph is an arriving state, which Dynamo knows nothing of."""
+        return any(arrival.state is placeholder for arrival in self._arrivals)
+
+    def example(self, placeholder: Node) -> torch.Tensor:
+        """A fake example for an arriving state, with the symbolic sizes of the tensor it comes with."""
+        arrival = next(arrival for arrival in self._arrivals if arrival.state is placeholder)
+        visible, dim = arrival.boundary.value.meta["example_value"], arrival.boundary.dim
+        return fake_like(visible, (*visible.shape[:dim], arrival.streams, *visible.shape[dim:]))
 
     def leave(self, gm: GraphModule, widening: Widening) -> None:
         """Append the state of every departing trunk to the outputs of the rewritten graph."""

@@ -1,6 +1,7 @@
 """Run a model once under Dynamo and keep its graphs, without changing anything of the model."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,12 @@ from torch.fx import GraphModule
 
 from mhc_compile import carry
 from mhc_compile._torch_private import Frame, copy_captured, reset_dynamo, without_tracing
-from mhc_compile.analysis import Analysis, analyse
+from mhc_compile.analysis import Analysis, Refuse, analyse
 from mhc_compile.errors import MHCError
 from mhc_compile.hosts import HostedSite, erase_markers, resolve_by_id
 
-Refuse = Callable[[list[HostedSite]], Mapping[int, str]]
+GraphObserver = Callable[[int, str, GraphModule], None]
+"""Sees (number of the graph, name of the pass or "before", the graph)."""
 BROKEN = "a graph break splits the forward of its module"
 
 
@@ -39,7 +41,13 @@ class Capture:
     """How often each graph ran: a shared one only shows its first owner."""
 
 
-def capture_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], refuse: Refuse) -> Capture:
+def capture_model(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    refuse: Refuse,
+    observe: GraphObserver | None = None,
+) -> Capture:
     """Trace ``model(*args, **kwargs)`` and analyse every graph of it.
 
     Buffers and random state are put back, compiled submodules are looked into, and Dynamo's caches
@@ -52,7 +60,7 @@ def capture_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     reset_dynamo()
     try:
         with _untouched(model):
-            torch.compile(model, backend=_Collector(capture, refuse))(*args, **kwargs)
+            torch.compile(model, backend=_Collector(capture, refuse, observe))(*args, **kwargs)
     except Exception as error:
         cause = error.__cause__ or error.__context__
         ours = error if isinstance(error, MHCError) else getattr(error, "inner_exception", cause)
@@ -67,16 +75,18 @@ def capture_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 class _Collector:
     """A backend that analyses each graph and then runs it as it is."""
 
-    def __init__(self, capture: Capture, refuse: Refuse) -> None:
+    def __init__(self, capture: Capture, refuse: Refuse, observe: GraphObserver | None) -> None:
         self.capture = capture
         self.refuse = refuse
+        self.observe = observe
         self.__name__ = "mhc_collector"
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         frame = Frame.current(gm)
         copy, _ = copy_captured(gm)
-        analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), self._refuse_in(frame))
         number = len(self.capture.graphs)
+        observe = functools.partial(self.observe, number) if self.observe is not None else None
+        analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), self._refuse_in(frame), observe)
         self.capture.graphs.append(analysis)
         self.capture.runs.append(0)
         pieces = [TrunkPiece(number, trunk) for trunk in range(len(analysis.plan.trunks))]

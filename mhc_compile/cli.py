@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mhc_compile.config import MHCConfig
+from mhc_compile.convert import explain
+from mhc_compile.dump import write_dump
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
+from mhc_compile.inspection import trace_stages
 from mhc_compile.render import progress, show, show_error
 from mhc_compile.tables import report_tables, summary_line, verify_tables
 from mhc_compile.targets import Built, build_target, parse_settings
+from mhc_compile.verify import verify
 
 _TARGET_HELP = """\
 package.module:function or file.py:function (returns (model, args) or (model, args, kwargs)),
@@ -43,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     warnings.simplefilter("default", MHCWarning)
+    # torch warns about its own code when a graph is copied.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
     try:
         status: int = options.run(options)
     except MHCError as error:
@@ -54,8 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from mhc_compile import explain  # --help and usage errors answer without the passes
-
     with progress("explain") as tell:
         model, args, kwargs = _build(options, tell)
         tell("looking for residual sites")
@@ -69,9 +73,6 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _dump(options: argparse.Namespace) -> int:
-    from mhc_compile.dump import write_dump
-    from mhc_compile.inspection import trace_stages
-
     with progress("dump") as tell:
         model, args, kwargs = _build(options, tell)
         tell("rewriting")
@@ -81,14 +82,12 @@ def _dump(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"files": [str(file) for file in files]}, indent=2))
     else:
-        written = [f"{len(files)} files in {options.out}; start with before_after.diff"]
-        show(summary_line(report), (), [*report.notes, *written])
+        where = f"{len(files)} files in {options.out}, to start with graph_0/fw/before_after.diff"
+        show(f"{summary_line(report)}\n{where}", (), report.notes)
     return _require_match(options, found=bool(report.converted))
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from mhc_compile.verify import verify
-
     with progress("verify") as tell:
         config = _config(options)
         report = verify(lambda: _build(options, tell), config, tell=tell)
@@ -127,13 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    explain = _verb(verbs, "explain", _explain, "list residual sites, trunks and other adds")
-    explain.add_argument("--all", action="store_true", help="list every other add, not examples")
+    listing = _verb(verbs, "explain", _explain, "list residual sites, trunks and other adds")
+    listing.add_argument("--all", action="store_true", help="list every other add, not examples")
 
     dump = _verb(verbs, "dump", _dump, "write the graphs before and after each pass")
     dump.add_argument("--out", type=Path, default=Path("mhc_dump"), help="folder (%(default)s)")
 
-    for verb in (explain, dump):
+    for verb in (listing, dump):
         verb.add_argument(
             "--require-match", action="store_true", help="exit with 1 if no site can be converted"
         )

@@ -10,7 +10,7 @@ from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
 from mhc_compile.analysis import filtered
-from mhc_compile.capture import Capture, capture_model
+from mhc_compile.capture import GraphObserver, capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.guard import check_calls_, uncheck_calls_
@@ -61,19 +61,34 @@ def convert_(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kw
         ConfigError: the model is converted already, with another configuration.
         UnsupportedGraphError: nothing of the model can be captured or converted; it says why.
     """
-    config = config or MHCConfig()
+    return convert_observed(model, args, kwargs, config or MHCConfig(), None)
+
+
+def convert_observed(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    config: MHCConfig,
+    observe: GraphObserver | None,
+) -> Report:
+    """`convert_`, with a look at the graphs on the way."""
     already = next((sites for m in model.modules() if (sites := sites_of(m)) is not None), None)
     if already is not None and already.config != asdict(config):
         raise ConfigError(
             f"the model is converted already, with {already.config}: mhc_compile.revert_(model) takes that off"
         )
     names = _names(model)
-    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names))
+    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names), observe)
     uses = site_uses(capture)
     if already is None:
         attach_(uses, config)
         reset_dynamo()
     return build_report(model, capture, config, uses, converted=True)
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `convert_` or a first call has put parameters on any module of ``model``."""
+    return any(sites_of(module) is not None for module in model.modules())
 
 
 def revert_(model: nn.Module) -> None:
@@ -108,11 +123,7 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
     Raises:
         UnsupportedGraphError: a host has an attribute ``mhc`` of its own, or its calls differ.
     """
-    owned: dict[int, _Owned] = {}
-    for use in uses:
-        if use.hosted.host is not None:
-            owned.setdefault(id(use.hosted.host), _Owned(use.hosted.host)).uses.append(use)
-    ready = [(entry.host, _build(entry, config)) for entry in owned.values()]
+    ready = build_sites(uses, config)
     done: list[nn.Module] = []
     try:
         for host, sites in ready:
@@ -127,6 +138,15 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
             uncheck_calls_(host)
             vars(host).pop(SEEN, None)
         raise
+
+
+def build_sites(uses: Sequence[SiteUse], config: MHCConfig) -> list[tuple[nn.Module, MHCSites]]:
+    """Fresh parameters for every host of ``uses``, attached to nothing yet."""
+    owned: dict[int, _Owned] = {}
+    for use in uses:
+        if use.hosted.host is not None:
+            owned.setdefault(id(use.hosted.host), _Owned(use.hosted.host)).uses.append(use)
+    return [(entry.host, _build(entry, config)) for entry in owned.values()]
 
 
 def _build(entry: _Owned, config: MHCConfig) -> MHCSites:
@@ -202,8 +222,3 @@ def _filter(hosted: Sequence[HostedSite], config: MHCConfig, names: Mapping[int,
         if reason is not None:
             refused[site.index] = reason
     return refused
-
-
-def captured_anything(capture: Capture) -> bool:
-    """Whether any site of the capture will be rewritten."""
-    return any(graph.plan.sites for graph in capture.graphs)

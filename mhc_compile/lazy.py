@@ -7,7 +7,7 @@ from mhc_compile.analysis import Analysis
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import attach_
 from mhc_compile.errors import ConfigError, MHCWarning
-from mhc_compile.match import sites_of
+from mhc_compile.match import new_records, sites_of
 from mhc_compile.site import SiteRecord
 from mhc_compile.uses import first_uses
 
@@ -41,10 +41,4 @@ def convert_now(analysis: Analysis, frame: Frame, config: MHCConfig) -> dict[int
         MHCWarning,
         stacklevel=2,
     )
-    records = {}
-    for planned in analysis.plan.sites:
-        hosted = analysis.hosted[planned.index]
-        sites = sites_of(hosted.host) if hosted.host is not None else None
-        assert sites is not None
-        records[planned.index] = next(r for r in sites.records if r.key == hosted.key)
-    return records
+    return new_records(analysis, sites_of)

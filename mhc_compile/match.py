@@ -6,12 +6,12 @@ that is refused, never compiled as something else.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Protocol
 
 from torch import nn
 
-from mhc_compile._torch_private import Frame
 from mhc_compile.analysis import Analysis, filtered
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
@@ -37,14 +37,45 @@ def record_start(sites: MHCSites, key: str, *, starts: bool) -> SiteRecord:
     return records[number]
 
 
-class Matches:
-    """The records of one frame's sites, by position in `Residuals.sites`."""
+def new_records(analysis: Analysis, sites_of: Callable[[nn.Module], MHCSites | None]) -> dict[int, SiteRecord]:
+    """The records of the planned sites of a graph that was converted just now, by site index."""
+    records = {}
+    for planned in analysis.plan.sites:
+        hosted = analysis.hosted[planned.index]
+        sites = sites_of(hosted.host) if hosted.host is not None else None
+        assert sites is not None
+        records[planned.index] = next(r for r in sites.records if r.key == hosted.key)
+    return records
 
-    def __init__(self, frame: Frame, config: MHCConfig) -> None:
+
+class Scope(Protocol):
+    """Where a graph comes from: a frame of Dynamo's, or an exported program."""
+
+    @property
+    def modules(self) -> Mapping[int, nn.Module]:
+        """All modules in reach, by ``id``."""
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Their paths."""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the graph is only a part of its function."""
+
+
+class Matches:
+    """The records of one graph's sites, by position in `Residuals.sites`."""
+
+    def __init__(self, scope: Scope, config: MHCConfig) -> None:
         self.records: dict[int, SiteRecord] = {}
-        self.is_new = not any(SEEN in vars(module) for module in frame.modules.values())
-        """Whether conversion has never seen any module of this frame."""
-        self._frame = frame
+        self.is_new = not any(SEEN in vars(module) for module in scope.modules.values())
+        """Whether conversion has never seen any module of this graph."""
+        self._scope = scope
         self._config = config
 
     def refuse(self, hosted: Sequence[HostedSite]) -> dict[int, str]:
@@ -68,13 +99,13 @@ class Matches:
         return refused
 
     def _refuse_new(self, hosted: Sequence[HostedSite]) -> dict[int, str]:
-        if self._frame.is_partial and any(site.call == "" for site in hosted):
+        if self._scope.is_partial and any(site.call == "" for site in hosted):
             raise UnsupportedGraphError(
-                f"a graph break splits {self._frame.where}, which adds residuals: its streams cannot be followed on a "
+                f"a graph break splits {self._scope.where}, which adds residuals: its streams cannot be followed on a "
                 "first call. Remove the break (TORCH_LOGS=graph_breaks shows it), or call mhc_compile.convert_ first, "
                 "which leaves such sites as they are and says so"
             )
-        names = self._frame.names
+        names = self._scope.names
         refused = {}
         for site in hosted:
             if site.host is not None:
@@ -109,7 +140,7 @@ class Matches:
                 f"{r.key} ({r.source})" for r in (known.records if known else ()) if r.key in expected - found[key]
             )
             raise UnsupportedGraphError(
-                f"the graph of {self._frame.where} does not hold a whole call of the converted {type(host).__name__}: "
+                f"the graph of {self._scope.where} does not hold a whole call of the converted {type(host).__name__}: "
                 + (f"its sites {missing} are not there" if missing else "its sites are there, its call is not")
                 + ". A graph break inside its forward cuts the trunk (TORCH_LOGS=graph_breaks shows it), or only a "
                 "part of a site was compiled. Compile the module that holds both sides of the add, remove the break, "

@@ -7,10 +7,16 @@ from typing import Any
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mhc_compile.passes.canonicalize import canonicalize_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
+
+
+def canonical_passes() -> list[tuple[str, Pass]]:
+    """What happens to a captured graph before it is analysed."""
+    return [("canonicalize_pass", canonicalize_pass)]
 
 
 def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:

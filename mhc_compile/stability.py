@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.rewrite import rewrite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,10 +103,7 @@ def stability(model: nn.Module, *args: Any, **kwargs: Any) -> StabilityReport:
     Reference:
         arXiv 2512.24880, figures 3 and 7.
     """
-    from mhc_compile import rewrite  # the package imports this module
-
-    module = rewrite(model, *args, **kwargs)
-    return measure(cast("fx.GraphModule", module), *args, **kwargs)
+    return measure(rewrite(model, *args, **kwargs), *args, **kwargs)
 
 
 def measure(module: fx.GraphModule, *args: Any, **kwargs: Any) -> StabilityReport:
@@ -190,8 +188,9 @@ def _trunks(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _site_name(node: fx.Node) -> str:
-    custom = node.meta.get("custom") or {}
-    return str(custom.get("mhc", node.name))
+    """``layers.3.add0`` of a site whose bias is ``layers.3.mhc.add0.bias``."""
+    owner, _, key = str(_argument(node, "bias").target).removesuffix(".bias").rpartition("mhc.")
+    return owner + key
 
 
 def _spread(X: torch.Tensor, spec: SiteSpec) -> float:

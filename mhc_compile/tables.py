@@ -109,13 +109,16 @@ def _sites(sites: Sequence[Site]) -> Table:
 
 
 def _rejected(report: Report, every_add: bool) -> Table:
+    title = "Adds that are no residual"
     if every_add:
-        columns: tuple[str, ...] = ("source", "module", "shape", "clause", "reason")
-        rows = [
-            (add.source, add.owner, _shape(add.shape), add.clause, add.reason)
-            for add in report.rejected
-        ]
-        return Table(title="Adds that are no residual", columns=columns, rows=tuple(rows))
+        return Table(
+            title=title,
+            columns=("source", "module", "shape", "clause", "reason"),
+            rows=tuple(
+                (add.source, add.owner, _shape(add.shape), add.clause, add.reason)
+                for add in report.rejected
+            ),
+        )
     groups: dict[str, list[int]] = {}
     for index, add in enumerate(report.rejected):
         groups.setdefault(add.clause, []).append(index)
@@ -126,7 +129,7 @@ def _rejected(report: Report, every_add: bool) -> Table:
         shown = ", ".join(sources[:_EXAMPLES]) + (", ..." if len(sources) > _EXAMPLES else "")
         rows.append((clause, str(len(members)), shown, report.rejected[members[0]].reason))
     columns = ("clause", "adds", "for example", "reason of the first")
-    return Table(title="Adds that are no residual", columns=columns, rows=tuple(rows))
+    return Table(title=title, columns=columns, rows=tuple(rows))
 
 
 def _shape(shape: Sequence[int | str]) -> str:

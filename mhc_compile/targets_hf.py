@@ -146,7 +146,7 @@ def _own_name(config: Any, name: str) -> str:
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
-    families = _FAMILIES
+    families: tuple[str, ...] = _FAMILIES
     if config.is_encoder_decoder:
         families = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", *_FAMILIES[2:])
     for family in families:

@@ -7,7 +7,7 @@ Paper: arXiv 2512.24880, equations (3) and (14)-(19).
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,9 +129,8 @@ class _Widener:
             self.lanes[origin] = arriving
             return
         with self.graph.inserting_after(_last_input(self.graph) if _is_input(origin) else origin):
-            node = self.graph.call_function(
-                torch.ops.mhc.expand.default, (origin, inputs.spec.streams, planned.dim)
-            )
+            arguments = (origin, inputs.spec.streams, planned.dim)
+            node = self._call(torch.ops.mhc.expand.default, arguments, f"{origin.name}_streams")
         _describe(node, planned.site.root, inputs.name)
         self.lanes[origin] = Lane(node, planned.dim, inputs.spec.streams)
 
@@ -146,16 +145,14 @@ class _Widener:
         if _is_input(anchor):
             anchor = _last_input(self.graph)
         with self.graph.inserting_after(anchor):
-            pre = self.graph.call_function(
-                torch.ops.mhc.pre.default,
-                (state.node, inputs.phi, inputs.bias, inputs.alpha, inputs.spec.encode()),
-            )
+            arguments = (state.node, inputs.phi, inputs.bias, inputs.alpha, inputs.spec.encode())
+            pre = self._call(torch.ops.mhc.pre.default, arguments, "pre")
         _describe(pre, root, inputs.name)
         parts = []
         last = pre
-        for position in range(3):
+        for position, name in enumerate(("u", "h_post", "h_res")):
             with self.graph.inserting_after(last):
-                last = self.graph.call_function(operator.getitem, (pre, position))
+                last = self._call(operator.getitem, (pre, position), name)
             _describe(last, root, inputs.name)
             parts.append(last)
         return parts[0], parts[1], parts[2]
@@ -177,7 +174,8 @@ class _Widener:
                 state = graph.call_method("to", (state, dtype_of(site.root)))
                 _describe(state, site.root, inputs.name)
             spec = inputs.spec.encode()
-            post = graph.call_function(torch.ops.mhc.post.default, (state, branch, h_post, h_res, spec))
+            arguments = (state, branch, h_post, h_res, spec)
+            post = self._call(torch.ops.mhc.post.default, arguments, f"{site.root.name}_streams")
         _describe(post, site.root, inputs.name)
         self.lanes[site.root] = Lane(post, skip.dim, skip.streams)
         self.replaced += [*site.inner, site.root]
@@ -193,12 +191,15 @@ class _Widener:
         args = (weights.phi, weights.bias, weights.alpha) if weights else (None, None, None)
         spec = weights.spec if weights else SiteSpec(streams=lane.streams, dim=lane.dim)
         with self.graph.inserting_after(lane.node):
-            node = self.graph.call_function(
-                torch.ops.mhc.collapse.default, (lane.node, *args, head.mode, spec.encode())
-            )
+            arguments = (lane.node, *args, head.mode, spec.encode())
+            node = self._call(torch.ops.mhc.collapse.default, arguments, f"{value.name}_collapsed")
         _describe(node, value, "collapse")
         for reader in readers:
             reader.replace_input_with(value, node)
+
+
+    def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Node:
+        return self.graph.create_node("call_function", target, arguments, name=name)
 
 
 def _is_input(node: Node) -> bool:

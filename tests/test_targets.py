@@ -142,7 +142,7 @@ def test_timm_models_get_an_image_of_their_size() -> None:
 
 def test_unknown_timm_models_are_refused_with_close_names() -> None:
     import_timm()
-    with pytest.raises(ConfigError, match="did you mean .*resnet18"):
+    with pytest.raises(ConfigError, match=r"did you mean .*resnet18"):
         build_target("timm:resnet_18")
 
 

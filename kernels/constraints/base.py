@@ -30,6 +30,10 @@ class Constraint(ABC):
     mixes: ClassVar[bool] = True
     """False: H_res is the identity for every token, and ops need not apply it."""
 
+    doubly_stochastic: ClassVar[bool] = True
+    """No entry of H_res is negative, and rows and columns sum to 1 (columns of the Sinkhorn
+    constraints only in the limit)."""
+
     def check(self, streams: int) -> None:  # noqa: B027 - most constraints take every number
         """Refuse a number of streams that has no such matrix.
 

@@ -15,6 +15,7 @@ class Unconstrained(Constraint):
     """
 
     name: ClassVar[str] = "none"
+    doubly_stochastic: ClassVar[bool] = False
     gate: ClassVar[Gate] = "tanh"
     per_stream: ClassVar[bool] = True
 

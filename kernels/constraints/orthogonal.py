@@ -19,6 +19,7 @@ class Orthogonal(Constraint):
     """
 
     name: ClassVar[str] = "orthogonal"
+    doubly_stochastic: ClassVar[bool] = False
 
     def logits(self, streams: int) -> int:
         """The strict upper triangle of A, row by row."""
