@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from mhc_compile.kernels.constraints import constraint_named
+from mhc_compile.kernels.constraints import CONSTRAINTS, constraint_named
 from mhc_compile.kernels.spec import SiteSpec
 
-STOCHASTIC = ["sinkhorn", "sinkhorn_softmax", "identity", "permutations", "kronecker"]
+STOCHASTIC = [name for name, kind in CONSTRAINTS.items() if kind.doubly_stochastic]
 
 
 def _logits(name: str, n: int, tokens: int, std: float, dtype: torch.dtype) -> torch.Tensor:
