@@ -85,7 +85,7 @@ def _build(
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny: on a busy machine a second thread costs 5 ms of waiting per operation."""
+    """Tensors here are tiny: on a busy machine a second thread costs 5 ms an operation."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
