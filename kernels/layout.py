@@ -58,6 +58,15 @@ def tokens_to_narrow(
     return tokens.reshape(*lead, tokens.shape[-1]).movedim(-1, dim).to(dtype).contiguous()
 
 
+def mix(h: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Batched ``h @ tokens``: ``[T or 1, i, n]`` times ``[T, n, C]``.
+
+    Not ``@``, which multiplies in another order if its inputs require grad. Then compiled code, or
+    a recomputation without grad, would not give the bits of the eager forward.
+    """
+    return torch.bmm(h.expand(len(tokens), -1, -1), tokens)
+
+
 def coefficient_dtype(X: torch.Tensor) -> torch.dtype:
     """float32, except for a float64 state: norms, gates and constraints never run in half."""
     return torch.float64 if X.dtype == torch.float64 else torch.float32

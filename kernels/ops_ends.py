@@ -22,6 +22,7 @@ from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
     coefficient_dtype,
+    mix,
     narrow_shape,
     narrow_to_tokens,
     state_to_tokens,
@@ -141,7 +142,8 @@ def collapse(
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
         _, _, h = _head(x, phi, bias, alpha, site)
-        out = ((gate_weights(h, 1.0, "sigmoid") + site.pre_eps)[:, None] @ x).squeeze(1)
+        weights = gate_weights(h, 1.0, "sigmoid") + site.pre_eps
+        out = mix(weights[:, None], x).squeeze(1)
     return tokens_to_narrow(out, narrow_shape(X.shape, site.dim), site.dim, X.dtype)
 
 
@@ -237,7 +239,7 @@ def collapse_backward(
         g = narrow_to_tokens(dx, site.dim, dtype)
         saved, hidden, h = _head(x, phi, bias, alpha, site)
         grad_x = (gate_weights(h, 1.0, "sigmoid") + site.pre_eps)[..., None] * g[:, None]
-        grad_weights = (x @ g[..., None]).squeeze(-1)
+        grad_weights = torch.linalg.vecdot(x, g[:, None])
         if saved is None or hidden is None or phi is None or alpha is None:
             grad_weights = grad_weights.sum(0, keepdim=True)
             grad_bias = gate_weights_backward(grad_weights, h, 1.0, "sigmoid")[0]

@@ -12,6 +12,7 @@ from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
     coefficient_dtype,
+    mix,
     narrow_shape,
     narrow_to_tokens,
     state_to_tokens,
@@ -63,9 +64,8 @@ def post(
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
         branch = narrow_to_tokens(f, site.dim, dtype)
-        written = h_post.to(dtype).reshape(-1, n, 1) * branch[:, None]
-        carried = h_res.to(dtype).reshape(-1, n, n) @ x if constraint_of(site).mixes else x
-        out = written.add_(carried)
+        carried = mix(h_res.to(dtype).reshape(-1, n, n), x) if constraint_of(site).mixes else x
+        out = torch.addcmul(carried, h_post.to(dtype).reshape(-1, n, 1), branch[:, None])
     return tokens_to_state(out, X, site.dim)
 
 
@@ -111,11 +111,11 @@ def post_backward(
         x = state_to_tokens(X, site.dim, dtype)
         g = state_to_tokens(dY, site.dim, dtype)
         branch = narrow_to_tokens(f, site.dim, dtype)
-        grad_f = (h_post.to(dtype).reshape(-1, 1, n) @ g).squeeze(1)
-        grad_post = (g @ branch[..., None]).squeeze(-1)
+        grad_f = mix(h_post.to(dtype).reshape(-1, 1, n), g).squeeze(1)
+        grad_post = torch.linalg.vecdot(g, branch[:, None])
         if constraint_of(site).mixes:
-            grad_x = h_res.to(dtype).reshape(-1, n, n).mT @ g
-            grad_res = g @ x.mT
+            grad_x = mix(h_res.to(dtype).reshape(-1, n, n).mT, g)
+            grad_res = torch.bmm(g, x.mT)
             grad_res = grad_res.sum(0) if static else grad_res
         else:
             grad_x, grad_res = g, torch.zeros_like(h_res)

@@ -27,6 +27,7 @@ from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
     coefficient_dtype,
+    mix,
     narrow_shape,
     narrow_to_tokens,
     state_to_tokens,
@@ -120,7 +121,7 @@ def pre(
         h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + site.pre_eps
         h_post = gate_weights(post_logits, 2.0, constraint.gate)
         h_res = constraint.matrix(res_logits, site)
-        u = (h_pre[:, None] @ x).squeeze(1)
+        u = mix(h_pre[:, None], x).squeeze(1)
     post_shape, res_shape, saved_shape = _coefficient_shapes(X, site)
     return (
         tokens_to_narrow(u, narrow_shape(X.shape, site.dim), site.dim, X.dtype),
@@ -207,7 +208,7 @@ def pre_backward(
 
         h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + site.pre_eps
         grad_x = h_pre[..., None] * g[:, None]
-        grad_pre = (x @ g[..., None]).squeeze(-1)
+        grad_pre = torch.linalg.vecdot(x, g[:, None])
         if hidden is None:
             grad_pre = grad_pre.sum(0, keepdim=True)
         grad_res = constraint.matrix_backward(dh_res.to(dtype).reshape(-1, n, n), res_logits, site)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from mhc_compile.passes.flow import SINGLE, FlowIndex, Paths
+from mhc_compile.passes.flow import SINGLE, FlowIndex
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.reasons import (
     BRANCH,
@@ -40,7 +40,7 @@ class Parting:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why no leaf of a sum can be the skip: the clause and sentence of the one that came furthest."""
+    """Why no leaf of a sum can be the skip: what the one that came furthest failed."""
 
     clause: str
     reason: str

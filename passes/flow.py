@@ -17,12 +17,12 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.opnames import is_in_place, op_name
 from mhc_compile.passes.values import carries_float, is_state
-from mhc_compile.passes.vocabulary import BENDS, LAYOUT, MIXES, makes_constant, traits
+from mhc_compile.passes.vocabulary import LAYOUT, makes_constant, traits
 
 # A path has a kind: an or of MIXES, BENDS and, if its last node has one reader, SINGLE.
 SINGLE = 4
 _KINDS = 8
-# _STEP[trait][paths]: the kinds of a set of paths (bit k: there is one of kind k) after one more node.
+# _STEP[trait][paths]: a set of paths (bit k: there is one of kind k) after one more node.
 _STEP = [
     [
         sum({1 << (kind | trait) for kind in range(_KINDS) if paths >> kind & 1})
@@ -52,7 +52,7 @@ class FlowIndex:
         self._inputs: list[tuple[int, ...]] = []
         self._traits: list[int] = []
         self._varies: list[bool] = []
-        floats = [carries_float(node) for node in self.nodes]
+        floats: list[bool] = []
         written: dict[Node, int] = {}  # value -> the last node that wrote into it
         for i, node in enumerate(self.nodes):
             sources = [written.get(n, self.position[n]) for n in node.all_input_nodes]
@@ -61,7 +61,9 @@ class FlowIndex:
             self._varies.append(_is_input(node) or any(self._varies[j] for j in sources))
             self._traits.append(traits(node) if node.op.startswith("call") else 0)
             target = _written_value(node)
-            inputs = [j for j in sources if floats[j] or self._writes(j)]
+            # y[0] = f has no value of its own, but passes floats on to the readers of y
+            floats.append(carries_float(node if target is None else target))
+            inputs = [j for j in sources if floats[j]]
             while target is not None:  # a view writes through to what it looks at
                 if target in written:
                     inputs.append(written[target])
@@ -71,15 +73,12 @@ class FlowIndex:
                     inputs.append(self.position[target])
             self._inputs.append(tuple(dict.fromkeys(inputs)))
 
-    def _writes(self, i: int) -> bool:
-        return _written_value(self.nodes[i]) is not None
-
     def inputs(self, node: Node) -> tuple[Node, ...]:
         """The nodes whose floats ``node`` reads."""
         return tuple(self.nodes[i] for i in self._inputs[self.position[node]])
 
     def varies(self, node: Node) -> bool:
-        """Whether the value depends on an input of the model; parameters and random masks do not."""
+        """Whether the value depends on a model input; parameters and random masks do not."""
         return self._varies[self.position[node]]
 
     def varying_inputs(self, node: Node) -> tuple[Node, ...]:
@@ -89,7 +88,7 @@ class FlowIndex:
     def nearest(
         self, leaves: Iterable[Node], wanted: Collection[Node]
     ) -> tuple[Node, Paths] | None:
-        """The latest node of ``wanted`` that one of ``leaves`` depends on, and the ways between them.
+        """The latest node of ``wanted`` that one of ``leaves`` depends on, and the ways down.
 
         A leaf that is itself wanted counts, with an empty way.
         """
@@ -116,7 +115,7 @@ class FlowIndex:
         return None
 
     def between(self, start: Node, ends: Iterable[Node]) -> tuple[Node, ...]:
-        """Nodes on a way from ``start`` (excluded) to one of ``ends`` (included), in graph order."""
+        """Nodes on ways from ``start`` (excluded) to ``ends`` (included), in graph order."""
         first = self.position[start]
         stack = [i for i in (self.position[end] for end in ends) if i > first]
         above = set(stack)
@@ -160,4 +159,3 @@ _VIEWS = (LAYOUT - {"contiguous", "clone", "lift_fresh_copy"}) | {
     *("getitem", "slice", "select", "narrow", "expand", "expand_as", "chunk", "split", "unbind"),
     *("split_with_sizes", "diagonal", "as_strided", "unfold", "detach", "tensor_split"),
 }
-assert not _VIEWS & {"add"} and MIXES | BENDS == 3

@@ -2,22 +2,19 @@
 
 Traits: ``in place``; ``alpha`` (``torch.add(x, f, alpha=a)``); ``parallel`` (two or more branches);
 ``dropout``, ``scaled branch``, ``layer scale``, ``gate`` (what ends a branch: dropout, a number, a
-constant tensor, a computed tensor that is broadcast); ``post-norm`` (a norm on the trunk after
-it); ``nested`` (inside the branch of another site).
+constant tensor, a computed tensor that is broadcast). `nesting.settle` adds ``post-norm`` (a norm
+on the trunk after it) and ``nested`` (inside the branch of another site).
 """
-
-from collections.abc import Sequence
-from dataclasses import replace
 
 from torch.fx import Node
 
 from mhc_compile.passes.clauses import Parting
 from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.opnames import op_name
-from mhc_compile.passes.sites import Link, ResidualSite
+from mhc_compile.passes.sites import ResidualSite
 from mhc_compile.passes.sums import SumTree
 from mhc_compile.passes.values import numel
-from mhc_compile.passes.vocabulary import CAST, DROPOUT, NORM, SCALE
+from mhc_compile.passes.vocabulary import CAST, DROPOUT, SCALE
 from mhc_compile.passes.walks import plain_step
 
 
@@ -45,23 +42,6 @@ def make_site(index: FlowIndex, tree: SumTree, parting: Parting) -> ResidualSite
         skip_path=parting.skip_path,
         form=form,
         traits=tuple(traits),
-    )
-
-
-def mark_surroundings(
-    sites: Sequence[ResidualSite], links: Sequence[Link], nested: set[int]
-) -> tuple[ResidualSite, ...]:
-    """The sites with the traits that need the links: ``post-norm`` and ``nested``."""
-    normed = {link.previous for link in links if any(_normalises(node) for node in link.region)}
-    for link in links:
-        users = list(sites[link.site].root.users)
-        if link.previous in normed and len(users) == 1 and _normalises(users[0]):
-            normed.add(link.site)
-    return tuple(
-        replace(
-            site, traits=site.traits + ("post-norm",) * (i in normed) + ("nested",) * (i in nested)
-        )
-        for i, site in enumerate(sites)
     )
 
 
@@ -100,7 +80,3 @@ def _tail(index: FlowIndex, branch: Node) -> set[str]:
 def _gated(factors: list[Node], product: Node) -> Node | None:
     full = [factor for factor in factors if numel(factor) == numel(product)]
     return full[0] if len(full) == 1 and len(factors) == 2 else None
-
-
-def _normalises(node: Node) -> bool:
-    return op_name(node) in NORM or op_name(node) == "rsqrt"

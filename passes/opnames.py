@@ -5,8 +5,11 @@ ATen overloads. Passes compare `op_name`, so that ``x + y``, ``torch.add``, ``x.
 ``aten.add.Tensor`` are all ``"add"``.
 """
 
-import torch
+from functools import lru_cache
+from typing import Any
+
 import torch.nn.functional as F
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 # F.max_pool2d and friends are closures of boolean_dispatch: their __name__ is "fn".
@@ -40,38 +43,50 @@ _IN_PLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", 
 
 
 def raw_name(node: Node) -> str:
-    """The operation's own name: ``iadd``, ``add_``, ``linear``; "" for a node that computes nothing."""
-    target = node.target
+    """The operation's own name: ``iadd``, ``add_``, ``linear``; "" for a node without a call."""
+    if node.op == "call_function":
+        # x.real, x.mT
+        return str(node.args[1]) if node.target is getattr else _function_name(node.target)
     if node.op == "call_method":
-        return str(target)
-    if node.op == "call_module":
-        return "call_module"
-    if node.op != "call_function":
-        return ""
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        schema = target._schema if isinstance(target, torch._ops.OpOverload) else None
-        qualified = schema.name if schema is not None else target._qualified_op_name
-        namespace, _, name = qualified.partition("::")
-        return name if namespace == "aten" else f"{namespace}.{name}"
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
-    if target is getattr:  # x.real, x.mT
-        return str(node.args[1])
+        return str(node.target)
+    return "call_module" if node.op == "call_module" else ""
+
+
+def op_name(node: Node) -> str:
+    """The operation without its spelling: ``add`` for ``iadd``, ``add_`` and ``aten.add``."""
+    return _plain(raw_name(node))
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether the node writes its first argument: ``x += f``, ``relu(x, inplace=True)``."""
+    name = raw_name(node)
+    if name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    if not name.endswith("_") or name.endswith("__"):
+        return False
+    # operator.and_ is named so because "and" is a keyword
+    return getattr(node.target, "__module__", None) != "_operator"
+
+
+@lru_cache(maxsize=4096)
+def _function_name(target: Any) -> str:
+    if isinstance(target, OpOverload):
+        return _bare(target._schema.name)
+    if isinstance(target, OpOverloadPacket):
+        return _bare(target._qualified_op_name)
+    if isinstance(target, HigherOrderOperator):
+        return f"higher_order.{target.__name__}"
     known = _BY_OBJECT.get(target)
     return known if known is not None else str(getattr(target, "__name__", target))
 
 
-def op_name(node: Node) -> str:
-    """The operation without its spelling: ``add`` for ``iadd``, ``add_``, ``torch.add``, ``aten.add``."""
-    name = raw_name(node)
+def _bare(qualified: str) -> str:
+    namespace, _, name = qualified.partition("::")
+    return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+@lru_cache(maxsize=4096)
+def _plain(name: str) -> str:
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return _ALIASES.get(name, name)
-
-
-def is_in_place(node: Node) -> bool:
-    """Whether the node writes its first argument: ``x += f``, ``x.add_(f)``, ``relu(x, inplace=True)``."""
-    name = raw_name(node)
-    if name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
-        return True
-    return name.endswith("_") and not name.endswith("__")

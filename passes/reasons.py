@@ -14,6 +14,7 @@ BRANCH = "branch"
 LINEAR = "linear branches"
 POSITIONAL = "positional convolution"
 NESTED = "nested"
+INJECTED = "injected"
 STREAMS = "already hyper-connected"
 STAGES = (SHAPE, ORIGIN, MIXING, BRANCH, LINEAR)
 
@@ -28,7 +29,7 @@ def reject(tree: SumTree, clause: str, reason: str) -> tuple[Rejected, ...]:
 def shape_reason(tree: SumTree) -> str:
     """No operand has the shape of the sum: both are broadcast."""
     shapes = " and ".join(f"{describe(leaf)} {_shape(leaf)}" for leaf in tree.leaves)
-    return f"no operand has the shape {_shape(tree.root)} of the sum, so none can be the skip: {shapes}"
+    return f"no operand has the shape {_shape(tree.root)} of the sum to be its skip: {shapes}"
 
 
 def origin_reason(skip: Node) -> str:
@@ -39,16 +40,17 @@ def origin_reason(skip: Node) -> str:
 def mixing_reason(skip: Node, origin: Node) -> str:
     """The other operand is a pointwise function of the origin."""
     return (
-        f"what is added to {describe(skip)} is computed from {describe(origin)} without mixing positions "
-        "or channels (no matrix product, convolution, attention, pooling, ...): an elementwise formula"
+        f"what is added to {describe(skip)} is computed from {describe(origin)} without mixing "
+        "positions or channels (no matrix product, convolution, attention, pooling, ...): "
+        "an elementwise formula"
     )
 
 
 def branch_reason(skip: Node, origin: Node) -> str:
     """The branch is read elsewhere."""
     return (
-        f"what is added to {describe(skip)} and computed from {describe(origin)} is read by other nodes "
-        "as well: the skip is added to a trunk, it is not one"
+        f"what is added to {describe(skip)} and computed from {describe(origin)} is read by other "
+        "nodes as well: the skip is added to a trunk, it is not one"
     )
 
 
@@ -71,8 +73,24 @@ def positional_reason(skip: Node, convolution: Node) -> str:
 def nested_reason(origin: Node, outer: Node) -> str:
     """A single residual inside a branch."""
     return (
-        f"its origin {describe(origin)} lies inside the branch of the residual {describe(outer)} and no "
-        "second site follows: part of that branch, no trunk of its own"
+        f"its origin {describe(origin)} lies inside the branch of the residual {describe(outer)} "
+        "and no second site follows: part of that branch, no trunk of its own"
+    )
+
+
+def injected_reason(origin: Node, outer: Node) -> str:
+    """A value from outside added inside a branch."""
+    return (
+        f"it adds {describe(origin)}, a value from outside, inside the branch of the residual "
+        f"{describe(outer)}: an input of that branch, no trunk"
+    )
+
+
+def streams_reason(mix: Node) -> str:
+    """The model has streams of its own."""
+    return (
+        f"the model mixes residual streams of its own ({describe(mix)} multiplies them with a "
+        "matrix made per token): it is hyper-connected already"
     )
 
 

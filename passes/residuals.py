@@ -16,23 +16,27 @@ name of a module, a class or a function of the model:
 8. projection, tried last: the skip may be an affine image of the origin (a strided convolution and
    its norm); then the way to the branch must also bend, or a sum of two linear maps would count.
 
-Left out although they pass: ``x + conv(x)`` (a positional encoding) and a single residual inside
-the branch of another (the ``y + D x`` of a state-space mixer).
+Left out although they pass: ``x + conv(x)`` (a positional encoding); a single residual inside the
+branch of another (the ``y + D x`` of a state-space mixer); a value from outside added inside the
+branch of another (a position bias that all layers share); everything in a model whose state is n
+streams already (`hyper`).
 
 Forms: ``identity`` (the skip is the origin), ``parallel`` (so, and two or more branches), ``scaled
 skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two) and
 ``projection``.
 """
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
-from mhc_compile.passes.clauses import Failure, judge
+from mhc_compile.passes.clauses import Failure, Parting, judge
 from mhc_compile.passes.flow import FlowIndex
-from mhc_compile.passes.forms import make_site, mark_surroundings
-from mhc_compile.passes.reasons import NESTED, nested_reason, reject
-from mhc_compile.passes.sites import Link, Rejected, ResidualSite, Residuals
+from mhc_compile.passes.forms import make_site
+from mhc_compile.passes.hyper import stream_mix
+from mhc_compile.passes.nesting import settle
+from mhc_compile.passes.reasons import STREAMS, reject, streams_reason
+from mhc_compile.passes.sites import Residuals
 from mhc_compile.passes.sums import SumTree, sum_trees
-from mhc_compile.passes.trunks import chains, link_sites, nests
+from mhc_compile.passes.trunks import chains
 
 
 def find_residuals(graph: Graph) -> Residuals:
@@ -42,38 +46,40 @@ def find_residuals(graph: Graph) -> Residuals:
     span most of it. In-place adds count, but should have been made functional before a rewrite.
     """
     index = FlowIndex(graph)
-    trees: list[SumTree] = []
-    sites: list[ResidualSite] = []
-    rejected: list[Rejected] = []
-    for tree in sum_trees(index.nodes):
-        verdict = judge(index, tree)
-        if isinstance(verdict, Failure):
-            rejected += reject(tree, verdict.clause, verdict.reason)
-        else:
-            trees.append(tree)
-            sites.append(make_site(index, tree, verdict))
-
-    links = link_sites(index, sites)
-    outer = nests(index, sites)
-    dropped = {chain[0] for chain in chains(links) if len(chain) == 1 and chain[0] in outer}
-    for i in dropped:
-        reason = nested_reason(sites[i].origin, sites[outer[i]].root)
-        rejected += reject(trees[i], NESTED, reason)
-    kept = [i for i in range(len(sites)) if i not in dropped]
-    renumbered = {old: new for new, old in enumerate(kept)}
-    links = tuple(
-        Link(
-            renumbered[links[i].site],
-            None if (before := links[i].previous) is None else renumbered[before],
-            links[i].region,
-        )
-        for i in kept
-    )
+    trees = sum_trees(index.nodes)
+    verdicts = [judge(index, tree) for tree in trees]
+    mix = next((mix for tree in trees if (mix := stream_mix(index, tree)) is not None), None)
+    if mix is not None:
+        verdicts = [
+            _refuse(index, tree, verdict, mix)
+            for tree, verdict in zip(trees, verdicts, strict=True)
+        ]
+    found = [
+        (tree, make_site(index, tree, verdict))
+        for tree, verdict in zip(trees, verdicts, strict=True)
+        if isinstance(verdict, Parting)
+    ]
+    sites, links, dropped = settle(index, [site for _, site in found])
+    rejected = [
+        entry
+        for tree, verdict in zip(trees, verdicts, strict=True)
+        if isinstance(verdict, Failure)
+        for entry in reject(tree, verdict.clause, verdict.reason)
+    ]
+    for i, (clause, reason) in dropped.items():
+        rejected += reject(found[i][0], clause, reason)
     return Residuals(
-        sites=mark_surroundings(
-            [sites[i] for i in kept], links, {renumbered[i] for i in outer if i in renumbered}
-        ),
+        sites=sites,
         rejected=tuple(sorted(rejected, key=lambda entry: index.position[entry.root])),
         links=links,
         trunks=chains(links),
     )
+
+
+def _refuse(
+    index: FlowIndex, tree: SumTree, verdict: Parting | Failure, mix: Node
+) -> Parting | Failure:
+    """The verdict in a model that mixes streams itself: its sites and its merges are left to it."""
+    if isinstance(verdict, Parting) or stream_mix(index, tree) is not None:
+        return Failure(STREAMS, streams_reason(mix))
+    return verdict

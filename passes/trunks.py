@@ -56,30 +56,8 @@ def chains(links: Sequence[Link]) -> tuple[tuple[int, ...], ...]:
     return tuple(trunks)
 
 
-def nests(index: FlowIndex, sites: Sequence[ResidualSite]) -> dict[int, int]:
-    """Which sites lie inside a branch of which other: the innermost such other, by site index."""
-    ends = {site.origin: [] for site in sites}
-    for i, site in enumerate(sites):
-        ends[site.origin].append(i)
-    outer: dict[int, int] = {}
-    for i, site in enumerate(sites):
-        inside = set(branch_nodes(index, site))
-        for node in inside & ends.keys():
-            for j in ends[node]:
-                if j != i and sites[j].root in inside:
-                    known = outer.get(j)
-                    if known is None or _span(index, site) < _span(index, sites[known]):
-                        outer[j] = i
-    return outer
-
-
-def _span(index: FlowIndex, site: ResidualSite) -> int:
-    return index.position[site.root] - index.position[site.origin]
-
-
 class RootSearch:
     """Follows a trunk upwards: which site's sum a value stems from, through what acts on it alone."""
-
     def __init__(self, index: FlowIndex, roots: Container[Node]) -> None:
         self._index = index
         self._roots = roots

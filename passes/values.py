@@ -8,10 +8,11 @@ to the compilation, so `dims` and `numel` hand out their expressions, which comp
 import math
 import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -58,12 +59,6 @@ def rank(node: Node) -> int:
     return len(dims(node))
 
 
-def dtype_of(node: Node) -> torch.dtype | None:
-    """The tensor's dtype; None if the node computes no tensor."""
-    value = value_of(node)
-    return value.dtype if isinstance(value, torch.Tensor) else None
-
-
 def is_state(node: Node) -> bool:
     """Whether the node is a tensor that a module keeps: parameter, buffer or plain attribute.
 
@@ -89,18 +84,13 @@ def source_line(node: Node) -> str:
     if not frames:
         return ""
     path, line = frames[-1]
-    return f"{path.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line}"
+    return f"{PurePath(path).name}:{line}"
 
 
 def describe(node: Node) -> str:
     """The node for a person: its name, and its line where one is known."""
     line = source_line(node)
     return f"'{node.name}' ({line})" if line else f"'{node.name}'"
-
-
-def output_node(graph: Graph) -> Node | None:
-    """The graph's output node; None if it has none yet."""
-    return next((node for node in reversed(graph.nodes) if node.op == "output"), None)
 
 
 def _attribute(node: Node) -> Any:

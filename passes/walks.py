@@ -1,4 +1,4 @@
-"""The way up from a skip: through operations that keep it a copy, or an affine image, of one value."""
+"""The way up from a skip: through what keeps it a copy, or an affine image, of one value."""
 
 from collections.abc import Callable
 
@@ -28,12 +28,12 @@ def plain_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
 
 
 def affine_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
-    """``skip`` and what it is an affine image of: also through norms, linear, conv, pool (clause 8)."""
+    """``skip`` and what it is affine in: also through norms, linear, conv, pool (clause 8)."""
     return _walk(index, skip, _affine_step)
 
 
 def plain_step(index: FlowIndex, node: Node) -> Node | None:
-    """The value that ``node`` copies or scales by numbers or constant tensors; None if it does more."""
+    """The value that ``node`` copies, or scales by constants; None if it does anything more."""
     name = op_name(node)
     if name in LAYOUT or name in CAST or name in DROPOUT:
         return _first(node)

@@ -25,15 +25,14 @@ def _run(function: Any, site: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_aot_eager_equals_eager(make_site: MakeSite, constraint: str, dynamic: bool) -> None:
-    torch.compiler.reset()
     site = make_site(constraint, 4, (2, 5, 8), dtype=torch.float32, dynamic=dynamic)
     compiled = torch.compile(_block, backend="aot_eager", fullgraph=True)
     for mine, right in zip(_run(compiled, site), _run(_block, site), strict=True):
         assert torch.equal(mine, right)
 
 
+@pytest.mark.slow
 def test_inductor_equals_eager(make_site: MakeSite) -> None:
-    torch.compiler.reset()
     site = make_site("sinkhorn", 4, (2, 5, 8), dtype=torch.float32)
     compiled = torch.compile(_block, fullgraph=True)
     for mine, right in zip(_run(compiled, site), _run(_block, site), strict=True):
@@ -41,7 +40,6 @@ def test_inductor_equals_eager(make_site: MakeSite) -> None:
 
 
 def test_marked_dynamic_tokens_add_no_graph(make_site: MakeSite) -> None:
-    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_block, backend=counter, fullgraph=True)
     for tokens in (5, 7, 12):
@@ -53,7 +51,6 @@ def test_marked_dynamic_tokens_add_no_graph(make_site: MakeSite) -> None:
 
 
 def test_compiled_autocast_keeps_coefficients_in_float32(make_site: MakeSite) -> None:
-    torch.compiler.reset()
     site = make_site("sinkhorn", 4, (2, 5, 8), dtype=torch.float32)
     compiled = torch.compile(_block, backend="aot_eager", fullgraph=True)
     right = _run(_block, site)
@@ -63,8 +60,20 @@ def test_compiled_autocast_keeps_coefficients_in_float32(make_site: MakeSite) ->
 
 
 def test_a_wrong_shape_is_reported_while_compiling(make_site: MakeSite) -> None:
-    torch.compiler.reset()
     site = make_site("sinkhorn", 4, (2, 5, 8), dtype=torch.float32)
     compiled = torch.compile(_block, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="phi has shape"):
         compiled(site.X, site.phi[:-1], site.bias, site.alpha, site.text)
+
+
+def test_an_exported_program_runs_the_same_ops(make_site: MakeSite) -> None:
+    class Block(torch.nn.Module):
+        def forward(self, X: Any, phi: Any, bias: Any, alpha: Any) -> torch.Tensor:
+            return _block(X, phi, bias, alpha, site.text)
+
+    site = make_site("sinkhorn", 4, (2, 5, 8), dtype=torch.float32, requires_grad=False)
+    inputs = (site.X, *site.parameters)
+    program = torch.export.export(Block(), inputs)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {"mhc.pre.default", "mhc.post.default", "mhc.collapse.default"} <= targets
+    assert torch.equal(program.module()(*inputs), Block()(*inputs))

@@ -1,6 +1,5 @@
 """The ops against other people's modules, with every weight mapping written out."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,9 +112,9 @@ def _lucidrains(n: int, channels: int, index: int) -> Any:
 def _from_lucidrains(ref: Any, n: int) -> list[torch.Tensor]:
     """Our phi, bias and alpha from a ``HyperConnections`` module.
 
-    Columns 0 and 1.. of ``dynamic_alpha_fn`` are pre and the mixing into each output; ``static_alpha``
-    [in, 1 + out] is transposed into [out, in]. Pre and mixing share a scale. The norm's gain
-    multiplies the rows of phi.
+    Columns 0 and 1.. of ``dynamic_alpha_fn`` are pre and the mixing into each output;
+    ``static_alpha`` [in, 1 + out] is transposed into [out, in]. Pre and mixing share a scale. The
+    norm's gain multiplies the rows of phi.
     """
     gain = (ref.norm.gamma + 1)[:, None]
     pre, res = ref.dynamic_alpha_fn[:, :1], ref.dynamic_alpha_fn[:, 1:]
@@ -132,7 +131,7 @@ def test_unconstrained_equals_lucidrains_hyper_connections(n: int, trained: bool
     channels = 24
     torch.manual_seed(0)
     sites = [_lucidrains(n, channels, index) for index in range(3)]
-    parameters: Sequence[torch.Tensor] = [p for site in sites for p in site.parameters()]
+    parameters: list[torch.Tensor] = [p for site in sites for p in site.parameters()]
     if trained:
         for parameter in parameters:
             torch.nn.init.normal_(parameter, std=0.5)

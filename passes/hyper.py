@@ -1,0 +1,52 @@
+"""Tells that a model is hyper-connected already: its state is n streams that it mixes itself.
+
+The mark of it is a matrix that a model computes per token to mix streams: n * n coefficients made
+flat and folded into an n x n matrix, multiplied with the state, and the product is a term of a
+sum (``H_res X + post * f`` in DeepSeek-V4, ``X A + X`` in AltUp). Attention has square matrices
+too, but computes each entry from two tokens: above them lies a product of two activations.
+"""
+
+from torch.fx import Node
+
+from mhc_compile.passes.flow import FlowIndex
+from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.sums import SumTree
+from mhc_compile.passes.values import dims, is_tensor
+from mhc_compile.passes.vocabulary import LAYOUT, MATMUL, mixes
+from mhc_compile.passes.walks import plain_walk
+
+_MAX_STREAMS = 16
+
+
+def stream_mix(index: FlowIndex, tree: SumTree) -> Node | None:
+    """The product that mixes streams and is a term of ``tree``; None if there is none."""
+    for leaf in tree.leaves:
+        product = plain_walk(index, leaf)[-1]
+        if op_name(product) in MATMUL and any(
+            _mixes_streams(index, factor) for factor in product.all_input_nodes if is_tensor(factor)
+        ):
+            return product
+    return None
+
+
+def _mixes_streams(index: FlowIndex, matrix: Node) -> bool:
+    """Whether ``matrix`` is square, small and folded from flat coefficients."""
+    shape = dims(matrix)
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] not in range(2, _MAX_STREAMS + 1):
+        return False
+    folded = False
+    stack, seen = [matrix], {matrix}
+    while stack:
+        node = stack.pop()
+        source = node.args[0] if node.args else None
+        if op_name(node) in LAYOUT and isinstance(source, Node):
+            flat = dims(source)
+            if len(flat) < len(dims(node)) and flat[-1:] == (shape[-1] ** 2,):
+                folded = True
+                continue
+        if mixes(node):
+            return False
+        above = [n for n in index.varying_inputs(node) if n not in seen]
+        stack += above
+        seen.update(above)
+    return folded

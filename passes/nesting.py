@@ -1,0 +1,104 @@
+"""Sites inside the branches of others: which are kept, and what trunks tell about a site.
+
+Branches may hold whole trunks (a transformer inside a U-Net). A single site inside a branch is more
+often a part of it: ``y + D x`` of a state-space mixer, a pooling residual in an attention. And a
+single site whose sum lies inside a branch that its origin does not come from adds a foreign value
+there: a position bias that all layers share is computed with by the first layer, so every later
+layer seems to compute the other operand from it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from mhc_compile.passes.flow import FlowIndex
+from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.reasons import INJECTED, NESTED, injected_reason, nested_reason
+from mhc_compile.passes.sites import Link, ResidualSite
+from mhc_compile.passes.trunks import branch_nodes, chains, link_sites
+from mhc_compile.passes.vocabulary import NORM
+
+Dropped = dict[int, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Nesting:
+    """Where a site lies with respect to one other."""
+
+    outer: int
+    """The site inside whose branch the sum lies."""
+    inside: bool
+    """Whether the origin lies there too; otherwise it comes from elsewhere."""
+
+
+def settle(
+    index: FlowIndex, sites: Sequence[ResidualSite]
+) -> tuple[tuple[ResidualSite, ...], tuple[Link, ...], Dropped]:
+    """The sites worth keeping, with their links, and clause and reason of each other one.
+
+    The keys of the last are indices of ``sites``; the links have those of the first.
+    """
+    links = link_sites(index, sites)
+    nestings = _nestings(index, sites)
+    single = {chain[0] for chain in chains(links) if len(chain) == 1}
+    dropped: Dropped = {}
+    for i in sorted(single & nestings.keys()):
+        origin, outer = sites[i].origin, sites[nestings[i].outer].root
+        if nestings[i].inside:
+            dropped[i] = (NESTED, nested_reason(origin, outer))
+        else:
+            dropped[i] = (INJECTED, injected_reason(origin, outer))
+    kept = [i for i in range(len(sites)) if i not in dropped]
+    number: dict[int | None, int | None] = {
+        None: None,
+        **{old: new for new, old in enumerate(kept)},
+    }
+    links = tuple(
+        replace(links[old], site=new, previous=number[links[old].previous])
+        for new, old in enumerate(kept)
+    )
+    remaining = [sites[i] for i in kept]
+    if dropped:  # what lay inside the branch of a dropped site only is not nested
+        nestings = _nestings(index, remaining)
+    nested = {i for i, nesting in nestings.items() if nesting.inside}
+    return _mark(remaining, links, nested), links, dropped
+
+
+def _nestings(index: FlowIndex, sites: Sequence[ResidualSite]) -> Mapping[int, Nesting]:
+    """For each site whose sum lies inside the branch of others: the innermost such other."""
+    at = {site.root: i for i, site in enumerate(sites)}
+    found: dict[int, Nesting] = {}
+    spans: dict[int, int] = {}
+    for outer, site in enumerate(sites):
+        region = set(branch_nodes(index, site))
+        span = index.position[site.root] - index.position[site.origin]
+        for i in (at[node] for node in region & at.keys()):
+            origin = sites[i].origin
+            # A residual around a whole trunk starts where the first of its sites starts.
+            if origin is not site.origin and span < spans.get(i, len(index.nodes)):
+                found[i] = Nesting(outer, origin in region)
+                spans[i] = span
+    return found
+
+
+def _mark(
+    sites: Sequence[ResidualSite], links: Sequence[Link], nested: set[int]
+) -> tuple[ResidualSite, ...]:
+    """The sites with the traits that only their trunk shows: ``post-norm`` and ``nested``."""
+    normed = {link.previous for link in links if any(_normalises(node) for node in link.region)}
+    for link in links:  # the last of a trunk: if the others are followed by a norm, so is it
+        readers = list(sites[link.site].root.users)
+        if link.previous in normed and len(readers) == 1 and _normalises(readers[0]):
+            normed.add(link.site)
+    return tuple(
+        replace(
+            site,
+            traits=site.traits + ("post-norm",) * (i in normed) + ("nested",) * (i in nested),
+        )
+        for i, site in enumerate(sites)
+    )
+
+
+def _normalises(node: Node) -> bool:
+    return op_name(node) in NORM or op_name(node) == "rsqrt"

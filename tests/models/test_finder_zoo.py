@@ -1,0 +1,95 @@
+"""The finder on real architectures: every site and no other, in the right trunks."""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhc_compile.passes.residuals import Residuals, find_residuals
+from tests.models.zoo import BUILDERS, build
+from tests.passes.graphs import captures
+
+TRUTH = json.loads((Path(__file__).parent / "truth.json").read_text())
+FAST = {"gpt2", "gpt_neox", "bert", "t5", "wav2vec2", "resnet18"}
+DIFFUSERS = {"unet2d_cond", "dit", "flux"}
+
+
+def models(names: Iterator[str]) -> list[object]:
+    """The names as test parameters; all but a few are slow."""
+    no_requests = pytest.mark.skipif(
+        importlib.util.find_spec("requests") is None,
+        reason="diffusers imports the package requests without installing it",
+    )
+    return [
+        pytest.param(
+            name,
+            marks=[
+                *([] if name in FAST else [pytest.mark.slow]),
+                *([no_requests] if name in DIFFUSERS else []),
+            ],
+        )
+        for name in names
+    ]
+
+
+def check(name: str, found: list[Residuals]) -> None:
+    truth = TRUTH[name]
+    trunks = [len(trunk) for part in found for trunk in part.trunks]
+    assert sum(len(part.sites) for part in found) == truth["sites"] - truth.get("missed", 0)
+    assert trunks == truth.get("found_trunks", truth["trunks"])
+    for part in found:
+        assert all(entry.reason for entry in part.rejected)
+
+
+def test_every_model_has_its_truth():
+    assert BUILDERS.keys() == TRUTH.keys()
+
+
+def test_hardly_any_true_site_is_missed():
+    missed = sum(truth.get("missed", 0) for truth in TRUTH.values())
+    assert missed / sum(truth["sites"] for truth in TRUTH.values()) < 0.01
+
+
+@pytest.mark.parametrize("name", models(TRUTH))
+def test_sites_and_trunks_of_the_dynamo_graphs_are_the_true_ones(name):
+    model, inputs = build(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graphs = captures(model, **inputs)
+    check(name, [find_residuals(graph) for graph in graphs])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models(TRUTH))
+def test_sites_and_trunks_of_the_exported_graph_are_the_true_ones(name):
+    model, inputs = build(name)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (), inputs, strict=False)
+    check(name, [find_residuals(program.module().graph)])
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "gemma3n"])
+@pytest.mark.slow
+def test_models_with_streams_of_their_own_are_refused_by_name_of_the_clause(name):
+    model, inputs = build(name)
+    rejected = [
+        entry for graph in captures(model, **inputs) for entry in find_residuals(graph).rejected
+    ]
+    assert any(entry.clause == "already hyper-connected" for entry in rejected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_position_bias_shared_by_all_layers_is_no_site_even_with_a_batch_of_one(batch):
+    model, inputs = build("t5")
+    model.set_attn_implementation("eager")
+    inputs = {
+        key: value[:batch] if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
+    check("t5", [find_residuals(graph) for graph in captures(model, **inputs)])
