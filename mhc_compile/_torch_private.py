@@ -201,7 +201,7 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None) -
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode) if mode else None
-    return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value, arg-type]
+    return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:

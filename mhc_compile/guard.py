@@ -18,8 +18,8 @@ from mhc_compile.errors import MHCWarning, NotCompiledError
 Policy = Literal["raise", "warn", "ignore"]
 _POLICIES: tuple[Policy, ...] = ("raise", "warn", "ignore")
 
-_library = torch.library.Library("mhc_compile", "DEF")
-_library.define("owner_call(Tensor anchor, int policy) -> ()")
+_library = torch.library.Library("mhc_compile", "DEF")  # type: ignore[no-untyped-call]
+_library.define("owner_call(Tensor anchor, int policy) -> ()")  # type: ignore[no-untyped-call]
 
 
 def _run_marker(anchor: torch.Tensor, policy: int) -> None:
@@ -27,7 +27,9 @@ def _run_marker(anchor: torch.Tensor, policy: int) -> None:
     _report(_POLICIES[policy], "was compiled by another backend")
 
 
-_library.impl("owner_call", _run_marker, "CompositeExplicitAutograd")
+_library.impl(  # type: ignore[no-untyped-call]
+    "owner_call", _run_marker, "CompositeExplicitAutograd"
+)
 torch.library.register_fake("mhc_compile::owner_call", lambda anchor, policy: None, lib=_library)
 
 MARKER = torch.ops.mhc_compile.owner_call.default
