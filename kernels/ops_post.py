@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from mhc_compile.kernels.constraints import constraint_of
+from mhc_compile.kernels.cpp import launch
+from mhc_compile.kernels.cpp.select import use_cpp
 from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
@@ -60,6 +62,8 @@ def post(
     """
     site = SiteSpec.decode(spec)
     _check("mhc::post", X, f, h_post, h_res, site)
+    if use_cpp("mhc::post", site, X, f, h_post, h_res):
+        return launch.post(X, f, h_post, h_res, site)
     dtype, n = coefficient_dtype(X), site.streams
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
@@ -106,6 +110,8 @@ def post_backward(
     site = SiteSpec.decode(spec)
     _check("mhc::post_backward", X, f, h_post, h_res, site)
     check_tensor("mhc::post_backward", "dY", dY, X.shape, X)
+    if use_cpp("mhc::post_backward", site, X, dY, f, h_post, h_res):
+        return launch.post_backward(dY, X, f, h_post, h_res, site)
     dtype, n, static = coefficient_dtype(X), site.streams, not site.dynamic
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)

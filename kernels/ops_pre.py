@@ -23,6 +23,8 @@ from mhc_compile.kernels.coefficients import (
 )
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.constraints.base import Constraint
+from mhc_compile.kernels.cpp import launch
+from mhc_compile.kernels.cpp.select import use_cpp
 from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
@@ -111,6 +113,8 @@ def pre(
     """
     site = SiteSpec.decode(spec)
     _check("mhc::pre", X, phi, bias, alpha, site)
+    if use_cpp("mhc::pre", site, X, phi, bias, alpha) and phi is not None and alpha is not None:
+        return launch.pre(X, phi, bias, alpha, site, _coefficient_shapes(X, site))
     constraint, dtype = constraint_of(site), coefficient_dtype(X)
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
@@ -198,6 +202,9 @@ def pre_backward(
     """
     site = SiteSpec.decode(spec)
     _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
+    tensors = (du, dh_post, dh_res, phi, bias, alpha, saved)
+    if use_cpp("mhc::pre_backward", site, X, *tensors) and phi is not None and alpha is not None:
+        return launch.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
     constraint, dtype = constraint_of(site), coefficient_dtype(X)
     n, groups = site.streams, _groups(site, constraint)
     with torch.autocast(X.device.type, enabled=False):

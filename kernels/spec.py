@@ -15,6 +15,9 @@ from mhc_compile.errors import KernelError
 MAX_STREAMS = 16
 """Largest number of residual streams."""
 
+KERNELS = ("auto", "cpp", "reference")
+"""What can compute the ops: the fastest that can, generated C++ or nothing else, plain torch."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteSpec:
@@ -43,9 +46,15 @@ class SiteSpec:
     """Mappings depend on the token; otherwise they are the bias alone."""
     dim: int = -1
     """Channel axis of the un-widened tensor, counted from the end."""
+    kernels: str = "auto"
+    """What computes the ops: one of `KERNELS`."""
 
     def __post_init__(self) -> None:
         """Check every field; see the class."""
+        if self.kernels not in KERNELS:
+            raise KernelError(
+                f"kernels={self.kernels!r} is not allowed: use one of {', '.join(KERNELS)}"
+            )
         _check_integer("streams", self.streams, 1, MAX_STREAMS)
         _check_integer("iters", self.iters, 1, math.inf)
         _check_integer("dim", self.dim, -math.inf, -1)
@@ -70,7 +79,7 @@ class SiteSpec:
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
             if value != field.default:
-                words.append(f"{field.name}={value!r}")
+                words.append(f"{field.name}={value}")
         return " ".join(words)
 
     @staticmethod
@@ -115,6 +124,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "norm_eps": float,
     "dynamic": _read_bool,
     "dim": int,
+    "kernels": str,
 }
 
 

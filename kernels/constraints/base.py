@@ -73,6 +73,16 @@ class Constraint(ABC):
         """
 
     @abstractmethod
+    def cpp(self, spec: SiteSpec) -> str:
+        """Its lines of the generated C++ source, for 16 tokens at once.
+
+        Returns:
+            Definitions of ``matrix(const vec* h, vec* out)``, from k logits to n * n entries in
+            [out, in] order, and of ``matrix_backward(const vec* g, const vec* h, vec* dh)``.
+        """
+
+
+    @abstractmethod
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The logits a site starts from.
 

@@ -30,6 +30,14 @@ class Identity(Constraint):
         """An empty gradient for the empty logits."""
         return torch.zeros_like(logits)
 
+    def cpp(self, spec: SiteSpec) -> str:
+        """Nothing to compute; see `Constraint.cpp`."""
+        return (
+            "// H_res = I.\n"
+            "INLINE void matrix(const vec*, vec*) {}\n"
+            "INLINE void matrix_backward(const vec*, const vec*, vec*) {}\n"
+        )
+
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Empty."""
         return torch.empty(0, dtype=torch.float64)

@@ -6,6 +6,7 @@ import torch
 
 from mhc_compile.errors import KernelError
 from mhc_compile.kernels.constraints.base import Constraint, softmax_backward
+from mhc_compile.kernels.cpp.text import function, total
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -55,6 +56,45 @@ class Kronecker(Constraint):
             by_digit = share.reshape(*share.shape[:-1], 2**k, 2, n >> (k + 1))
             grad_weights[..., k, :] = by_digit.sum((-3, -1))
         return softmax_backward(grad_weights, weights, -1).flatten(-2)
+
+    def cpp(self, spec: SiteSpec) -> str:
+        """The vector v by its products, and out by XOR; see `Constraint.cpp`."""
+        n, factors = spec.streams, _factors(spec.streams)
+
+        def digits(x: int, skip: int | None = None) -> str:
+            """The product that is v[x], without factor ``skip``."""
+            kept = [k for k in range(factors) if k != skip]
+            return " * ".join(f"w[{k}][{x >> (factors - 1 - k) & 1}]" for k in kept) or "splat(1)"
+
+        weights = [f"vec w[{max(factors, 1)}][2];"]
+        for k in range(factors):
+            weights.append(f"w[{k}][0] = sigmoid(h[{2 * k}] - h[{2 * k + 1}]);")
+            weights.append(f"w[{k}][1] = sigmoid(h[{2 * k + 1}] - h[{2 * k}]);")
+        values = [f"const vec v{x} = {digits(x)};" for x in range(n)]
+        entries = [f"out[{i * n + j}] = v{i ^ j};" for i in range(n) for j in range(n)]
+        sums = [
+            f"const vec g{x} = {total(f'g[{i * n + (i ^ x)}]' for i in range(n))};"
+            for x in range(n)
+        ]
+        back = []
+        for k in range(factors):
+            keep, swap = (
+                total(
+                    f"g{x} * ({digits(x, k)})"
+                    for x in range(n)
+                    if x >> (factors - 1 - k) & 1 == digit
+                )
+                for digit in (0, 1)
+            )
+            back.append(f"const vec d{k} = w[{k}][0] * w[{k}][1] * (({keep}) - ({swap}));")
+            back.append(f"dh[{2 * k}] = d{k}; dh[{2 * k + 1}] = -d{k};")
+        return (
+            "// H_res[i, j] = v[i ^ j], v the Kronecker product of softmax(h_k), arXiv 2601.21579.\n"
+            + function("matrix(const vec* h, vec* out)", [*weights, *values, *entries])
+            + function(
+                "matrix_backward(const vec* g, const vec* h, vec* dh)", [*weights, *sums, *back]
+            )
+        )
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Keep against swap: 2 to 0 in every factor, or 3 to -3 as in A.6."""

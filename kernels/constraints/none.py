@@ -33,6 +33,18 @@ class Unconstrained(Constraint):
         """The gradient, flattened."""
         return grad.flatten(-2)
 
+    def cpp(self, spec: SiteSpec) -> str:
+        """Entry by entry; see `Constraint.cpp`."""
+        entries = spec.streams * spec.streams
+        copy = f"for (int i = 0; i < {entries}; ++i)"
+        return (
+            "// H_res = h.\n"
+            f"INLINE void matrix(const vec* h, vec* out) {{ {copy} out[i] = h[i]; }}\n"
+            "INLINE void matrix_backward(const vec* g, const vec*, vec* dh) {\n"
+            f"  {copy} dh[i] = g[i];\n"
+            "}\n"
+        )
+
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The identity, for either ``init``."""
         return torch.eye(streams, dtype=torch.float64).flatten()

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 
 from mhc_compile.kernels.constraints.base import Constraint
+from mhc_compile.kernels.cpp.text import function, total
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -38,6 +39,53 @@ class Orthogonal(Constraint):
         grad_a = -2.0 * (inverse_t @ grad @ inverse_t)
         row, column = _upper(spec.streams, logits.device)
         return grad_a[..., row, column] - grad_a[..., column, row]
+
+    def cpp(self, spec: SiteSpec) -> str:
+        """Gauss-Jordan elimination in registers; see `Constraint.cpp`.
+
+        It needs no pivoting: the symmetric part of I + A is I, and of each Schur complement the
+        same or more.
+        """
+        n = spec.streams
+        pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
+        invert = [f"for (int i = 0; i < {n * n}; ++i) b[i] = splat(i % {n + 1} == 0);"]
+        for k, (i, j) in enumerate(pairs):
+            invert.append(f"b[{i * n + j}] = h[{k}]; b[{j * n + i}] = -h[{k}];")
+        for k in range(n):
+            invert.append(f"const vec pivot{k} = 1.0f / b[{k * n + k}];")
+            invert.append(f"b[{k * n + k}] = splat(1);")
+            invert += [f"b[{k * n + j}] *= pivot{k};" for j in range(n)]
+            for i in (i for i in range(n) if i != k):
+                invert.append(f"const vec factor{k}_{i} = b[{i * n + k}];")
+                invert.append(f"b[{i * n + k}] = vec{{}};")
+                invert += [
+                    f"b[{i * n + j}] -= factor{k}_{i} * b[{k * n + j}];" for j in range(n)
+                ]
+        entries = [f"out[{i}] = 2.0f * b[{i}]{' - 1.0f' * (i % (n + 1) == 0)};" for i in range(n * n)]
+        left = [  # B^T dH
+            f"const vec c{i}_{j} = "
+            + total(f"b[{k * n + i}] * g[{k * n + j}]" for k in range(n))
+            + ";"
+            for i in range(n)
+            for j in range(n)
+        ]
+
+        def both(i: int, j: int) -> str:  # B^T dH B^T
+            return total(f"c{i}_{k} * b[{j * n + k}]" for k in range(n))
+
+        back = [
+            f"dh[{k}] = -2.0f * (({both(i, j)}) - ({both(j, i)}));"
+            for k, (i, j) in enumerate(pairs)
+        ]
+        inverse = [f"vec b[{n * n}];", "invert(h, b);"]
+        return (
+            "// H_res = (I - A)(I + A)^-1 = 2 B - I with B = (I + A)^-1, A skew-symmetric.\n"
+            + function("invert(const vec* h, vec* b)", invert)
+            + function("matrix(const vec* h, vec* out)", [*inverse, *entries])
+            + function(
+                "matrix_backward(const vec* g, const vec* h, vec* dh)", [*inverse, *left, *back]
+            )
+        )
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Zero, the identity, for either ``init``; the Jacobian there is -2, not 0."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mhc_compile.errors import KernelError
 from mhc_compile.kernels.constraints.base import Constraint, softmax_backward
+from mhc_compile.kernels.cpp.text import function, items, literal, total
 from mhc_compile.kernels.spec import SiteSpec
 
 _MAX_STREAMS = 5  # 120 logits per token; 6 streams would need 720
@@ -48,6 +49,38 @@ class Permutations(Constraint):
         """Gradient of `matrix`; see `Constraint.matrix_backward`."""
         grad_weights = grad.flatten(-2) @ _flat_permutations(spec.streams, logits).mT
         return softmax_backward(grad_weights, logits.softmax(-1), -1)
+
+    def cpp(self, spec: SiteSpec) -> str:
+        """A softmax over the permutations, and each entry a sum of its; see `Constraint.cpp`."""
+        n, orders = spec.streams, _orders(spec.streams)
+        weights = [
+            f"vec w[{len(orders)}], top = h[0], sum = vec{{}};",
+            f"for (int p = 1; p < {len(orders)}; ++p) top = max(top, h[p]);",
+            f"for (int p = 0; p < {len(orders)}; ++p) sum += w[p] = exp(h[p] - top);",
+            f"for (int p = 0; p < {len(orders)}; ++p) w[p] /= sum;",
+        ]
+        entries = [
+            f"out[{i * n + j}] = "
+            + total(items("w", (p for p, order in enumerate(orders) if order[i] == j)))
+            + ";"
+            for i in range(n)
+            for j in range(n)
+        ]
+        back = [
+            f"const vec g{p} = "
+            + total(items("g", (i * n + j for i, j in enumerate(order))))
+            + f"; dot += w[{p}] * g{p};"
+            for p, order in enumerate(orders)
+        ]
+        ends = [f"dh[{p}] = w[{p}] * (g{p} - dot);" for p in range(len(orders))]
+        return (
+            "// H_res = sum_p softmax(h)_p P_p over all permutations, arXiv 2601.05732.\n"
+            + function("matrix(const vec* h, vec* out)", [*weights, *entries])
+            + function(
+                "matrix_backward(const vec* g, const vec* h, vec* dh)",
+                [*weights, "vec dot = {};", *back, *ends],
+            )
+        )
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The identity weighs as much as all others together, or 3 against -3 as in A.6."""

@@ -1,0 +1,125 @@
+"""The C++ lines of the two Sinkhorn constraints, unrolled over the n x n entries.
+
+Matrices stay in registers, 16 tokens wide. Going back, the matrix before a step is the one after it
+times that step's divisors: only those are kept, on the stack.
+"""
+
+from collections.abc import Iterator
+
+from mhc_compile.kernels.cpp.text import (
+    block,
+    column,
+    function,
+    items,
+    largest,
+    literal,
+    row,
+    total,
+)
+from mhc_compile.kernels.spec import SiteSpec
+
+Lines = Iterator[str]
+Indices = list[list[int]]
+
+
+def sinkhorn_cpp(spec: SiteSpec, start_eps: bool) -> str:
+    """Definitions of ``matrix`` and ``matrix_backward``, see `Constraint.cpp`.
+
+    Args:
+        spec: the site.
+        start_eps: whether eps is also added after the first column step.
+    """
+    n, eps = spec.streams, spec.sinkhorn_eps
+    columns, rows = [column(j, n) for j in range(n)], [row(i, n) for i in range(n)]
+    first = _first_steps(columns, rows, eps, eps if start_eps else 0.0)
+    step, undo = "vec* m, vec* divisors", "vec* g, vec* m, const vec* divisors"
+    functions = (
+        function("first_steps(const vec* h, vec* start, vec* divisors, vec* m)", first),
+        function(f"divide_columns({step})", _divide(columns, eps)),
+        function(f"divide_rows({step})", _divide(rows, eps)),
+        function(f"undo_columns({undo})", _undo(columns)),
+        function(f"undo_rows({undo})", _undo(rows)),
+        function("matrix(const vec* h, vec* out)", _matrix(spec)),
+        function(
+            "matrix_backward(const vec* dm, const vec* h, vec* dh)", _backward(spec, columns, rows)
+        ),
+    )
+    title = f"// (19): exp, then {spec.iters} times columns and rows divided by their sums.\n"
+    return title + "".join(functions)
+
+
+def _first_steps(columns: Indices, rows: Indices, eps: float, start_eps: float) -> Lines:
+    for j, line in enumerate(columns):
+        yield f"const vec top{j} = {largest(items('h', line))};"
+        yield from (f"start[{k}] = exp(h[{k}] - top{j});" for k in line)
+        yield f"const vec column{j} = 1.0f / ({total(items('start', line))});"
+        yield " ".join(f"start[{k}] *= column{j};" for k in line)
+    if eps == 0.0:
+        # As in the reference: rows are divided on logarithms here, for none may underflow whole.
+        for i, line in enumerate(rows):
+            logs = [f"h[{k}] - top{j}" for j, k in enumerate(line)]
+            yield f"const vec high{i} = {largest(logs)};"
+            for j, k in enumerate(line):
+                yield f"m[{k}] = exp(h[{k}] - top{j} - high{i}) * column{j};"
+    else:
+        plus = f" + {literal(start_eps)}" if start_eps else ""
+        yield from (f"m[{k}] = start[{k}]{plus};" for line in rows for k in line)
+    yield from _divide(rows, eps)
+
+
+def _divide(lines: Indices, eps: float) -> Lines:
+    """``m /= sum(m) + eps`` along each line; the divisors are written down."""
+    plus = f" + {literal(eps)}" if eps else ""
+    for i, line in enumerate(lines):
+        yield f"divisors[{i}] = {total(items('m', line))}{plus};"
+    for i, line in enumerate(lines):
+        yield f"const vec inverse{i} = 1.0f / divisors[{i}];"
+        yield " ".join(f"m[{k}] *= inverse{i};" for k in line)
+
+
+def _undo(lines: Indices) -> Lines:
+    """``g = (g - sum(g m)) / divisor`` along each line, and the m before the step."""
+    for i, line in enumerate(lines):
+        yield f"const vec inverse{i} = 1.0f / divisors[{i}];"
+        yield f"const vec dot{i} = {_dot(line, 'm')};"
+        yield from (f"g[{k}] = (g[{k}] - dot{i}) * inverse{i};" for k in line)
+        yield " ".join(f"m[{k}] *= divisors[{i}];" for k in line)
+
+
+def _matrix(spec: SiteSpec) -> Lines:
+    n, entries = spec.streams, spec.streams * spec.streams
+    yield f"vec m[{entries}], start[{entries}], divisors[{n}];"
+    yield "first_steps(h, start, divisors, m);"
+    steps = ["divide_columns(m, divisors);", "divide_rows(m, divisors);"]
+    yield from block(f"for (int k = 1; k < {spec.iters}; ++k)", steps)
+    yield f"for (int i = 0; i < {entries}; ++i) out[i] = m[i];"
+
+
+def _backward(spec: SiteSpec, columns: Indices, rows: Indices) -> Lines:
+    n, iters, entries = spec.streams, spec.iters, spec.streams * spec.streams
+    yield f"vec m[{entries}], g[{entries}], start[{entries}], divisors[{n}];"
+    yield f"vec by_column[{iters}][{n}], by_row[{iters}][{n}];"
+    yield "first_steps(h, start, divisors, m);"
+    steps = ["divide_columns(m, by_column[k]);", "divide_rows(m, by_row[k]);"]
+    yield from block(f"for (int k = 1; k < {iters}; ++k)", steps)
+    yield f"for (int i = 0; i < {entries}; ++i) g[i] = dm[i];"
+    steps = ["undo_rows(g, m, by_row[k]);", "undo_columns(g, m, by_column[k]);"]
+    yield from block(f"for (int k = {iters} - 1; k > 0; --k)", steps)
+    for i, line in enumerate(rows):
+        yield f"const vec dot{i} = {_dot(line, 'm')};"
+        for k in line:
+            if spec.sinkhorn_eps == 0.0:
+                yield f"g[{k}] = m[{k}] * (g[{k}] - dot{i});"
+            else:
+                yield f"g[{k}] = (g[{k}] - dot{i}) / divisors[{i}];"
+    for j, line in enumerate(columns):
+        if spec.sinkhorn_eps == 0.0:
+            yield f"const vec sum{j} = {total(items('g', line))};"
+            yield from (f"dh[{k}] = g[{k}] - start[{k}] * sum{j};" for k in line)
+        else:
+            yield f"const vec sum{j} = {_dot(line, 'start')};"
+            yield from (f"dh[{k}] = start[{k}] * (g[{k}] - sum{j});" for k in line)
+
+
+def _dot(line: list[int], other: str) -> str:
+    return total(f"g[{k}] * {other}[{k}]" for k in line)

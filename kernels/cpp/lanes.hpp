@@ -1,0 +1,224 @@
+// What every generated source starts with: vectors of 16 floats, and the loops over them whose text
+// does not depend on the site. A vector holds 16 channels of one token, or one coefficient of 16
+// tokens. GCC and clang lower it to whatever the processor has.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define MEMBER inline __attribute__((always_inline))
+#define INLINE static MEMBER
+#define UNROLL _Pragma("GCC unroll 32")  // GCC keeps arrays in registers only where loops vanish
+
+constexpr int L = 16;
+typedef float vec __attribute__((vector_size(4 * L)));
+typedef int32_t ivec __attribute__((vector_size(4 * L)));
+typedef uint32_t uvec __attribute__((vector_size(4 * L)));
+typedef uint16_t hvec __attribute__((vector_size(2 * L)));
+
+// Register tiles: ROWS x OUTS accumulators (projection), ROWS x COLS (gradient of the state),
+// COLS x OUTS (gradient of phi).
+#ifdef __AVX512F__
+constexpr int ROWS = 4, OUTS = 6, COLS = 4;
+#else
+constexpr int ROWS = 2, OUTS = 3, COLS = 2;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE vec load(const bf16* p) {
+  hvec v;
+  std::memcpy(&v, p, sizeof v);
+  return (vec)(__builtin_convertvector(v, uvec) << 16);
+}
+
+INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE void store(bf16* p, vec v) {  // to nearest, ties to even; a NaN stays one
+  const uvec bits = (uvec)v;
+  const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const hvec h = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, hvec);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// Past the caches, for what is not read again soon: the line is not fetched before it is written.
+INLINE void stream(float* p, vec v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, (vec*)p);
+#elif defined(__AVX512F__)
+  __builtin_ia32_movntps512(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+INLINE void stream(bf16* p, vec v) { store(p, v); }
+
+// Streamed stores are weakly ordered: other threads see them only after this.
+INLINE void finish_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+// The last channels of a row, fewer than L; zero beyond them.
+template <typename T> INLINE vec load(const T* p, int count) {
+  T part[L] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load(part);
+}
+
+template <typename T> INLINE void store(T* p, vec v, int count) {
+  T part[L];
+  store(part, v);
+  std::memcpy(p, part, count * sizeof(T));
+}
+
+
+// How one step of `for_channels` reaches its channels: a whole vector, one whose results are
+// streamed, or the last few channels of a row.
+struct Whole {
+  template <typename T> INLINE vec get(const T* p) { return load(p); }
+  template <typename T> INLINE void put(T* p, vec v) { store(p, v); }
+  template <typename T> INLINE void put_far(T* p, vec v) { store(p, v); }
+};
+
+struct Streamed : Whole {
+  template <typename T> INLINE void put_far(T* p, vec v) { stream(p, v); }
+};
+
+struct Part {
+  int count;
+  template <typename T> MEMBER vec get(const T* p) const { return load(p, count); }
+  template <typename T> MEMBER void put(T* p, vec v) const { store(p, v, count); }
+  template <typename T> MEMBER void put_far(T* p, vec v) const { store(p, v, count); }
+};
+
+// Calls step(channel, access) for all vectors of a row.
+template <typename Step> INLINE void for_channels(long channels, bool far, Step step) {
+  long c = 0;
+  if (far)
+    for (; c + L <= channels; c += L) step(c, Streamed());
+  else
+    for (; c + L <= channels; c += L) step(c, Whole());
+  if (c < channels) step(c, Part{int(channels - c)});
+}
+
+// Streaming pays for results that no cache holds until they are read again, and needs alignment.
+template <typename T> INLINE bool far(const T* out, long tokens, long row) {
+  return sizeof(T) == 4 && tokens * row >= (1 << 20) && row % L == 0 && (uintptr_t)out % 64 == 0;
+}
+
+INLINE vec splat(float x) { return vec{} + x; }
+INLINE vec max(vec a, vec b) { return a > b ? a : b; }
+
+// e^x by e^x = 2^k e^r, |r| <= ln(2) / 2, and a Taylor polynomial; within 2 units in the last place.
+// Below -87 the result stays at the smallest normal numbers.
+INLINE vec exp(vec x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part in low bits
+  const vec k = shifted - 12582912.0f;
+  const vec r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  vec p = r * (1.0f / 5040) + (1.0f / 720);
+  p = p * r + (1.0f / 120);
+  p = p * r + (1.0f / 24);
+  p = p * r + (1.0f / 6);
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  return (vec)((ivec)p + ((ivec)shifted << 23));
+}
+
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+INLINE vec sqrt(vec x) {
+  UNROLL for (int i = 0; i < L; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
+INLINE vec tanh(vec x) {
+  for (int i = 0; i < L; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+INLINE float sum(vec v) {
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return v[0] + v[1];
+}
+
+// The sums of 16 vectors, in the 16 lanes of one: 15 times two halves are added.
+INLINE vec lane_sums(vec* v) {
+  UNROLL for (int i = 0; i < 8; ++i)
+    v[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21,
+                                   22, 23) +
+           __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28,
+                                   29, 30, 31);
+  UNROLL for (int i = 0; i < 4; ++i)
+    v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25,
+                                   26, 27) +
+           __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28,
+                                   29, 30, 31);
+  UNROLL for (int i = 0; i < 2; ++i)
+    v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13,
+                                   28, 29) +
+           __builtin_shufflevector(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14,
+                                   15, 30, 31);
+  return __builtin_shufflevector(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14,
+                                 30) +
+         __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15,
+                                 31);
+}
+
+// Token-major memory [tokens][stride] from and to vectors over 16 tokens, of which count exist.
+template <int WIDTH> INLINE void get_lanes(const float* p, int count, vec* v, int stride = WIDTH) {
+  for (int i = 0; i < WIDTH; ++i) {
+    v[i] = vec{};
+    for (int t = 0; t < count; ++t) v[i][t] = p[t * stride + i];
+  }
+}
+
+template <int WIDTH>
+INLINE void put_lanes(float* p, int count, const vec* v, int stride = WIDTH) {
+  for (int t = 0; t < count; ++t)
+    for (int i = 0; i < WIDTH; ++i) p[t * stride + i] = v[i][t];
+}
+
+// The tokens of one thread: a contiguous range of whole blocks.
+struct Range {
+  long first, last;
+};
+
+INLINE int thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+INLINE int team() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+INLINE Range share(long tokens) {
+  const long blocks = (tokens + L - 1) / L, each = blocks / team(), rest = blocks % team();
+  const long first = thread() * each + (thread() < rest ? thread() : rest);
+  const long last = first + each + (thread() < rest);
+  return {first * L, last * L < tokens ? last * L : tokens};
+}

@@ -1,0 +1,165 @@
+"""The generated functions called with tensors.
+
+Results have the shapes and dtypes of the ops' own bodies. Callers have asked `select` before: states
+are dense ``[..., n, C]`` on the CPU in a dtype of `STREAM_TYPES`.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from mhc_compile.kernels.constraints import constraint_of
+from mhc_compile.kernels.cpp.build import load
+from mhc_compile.kernels.cpp.emit import source
+from mhc_compile.kernels.spec import SiteSpec
+
+_BLOCK = 16  # tokens: fewer are not worth a thread of their own
+
+
+@cache
+def library(spec: SiteSpec, dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled functions of one site.
+
+    Raises:
+        KernelError: they cannot be built.
+    """
+    built = load(source(spec, dtype))
+    for name in ("mhc_pre_workspace", "mhc_pre_backward_workspace"):
+        getattr(built, name).restype = ctypes.c_long
+    return built
+
+
+def pre(
+    X: torch.Tensor,
+    phi: torch.Tensor,
+    bias: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: SiteSpec,
+    shapes: Sequence[Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::pre``; ``shapes`` are those of h_post, h_res and saved."""
+    built, channels = library(spec, X.dtype), X.shape[-1]
+    tokens, threads = _tokens_and_threads(X)
+    u = X.new_empty((*X.shape[:-2], channels))
+    h_post, h_res, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    if not constraint_of(spec).mixes:
+        torch.eye(spec.streams, out=h_res)
+    _call(
+        built.mhc_pre,
+        (_dense(X), *_coefficients(phi, bias, alpha), u, h_post, h_res, saved),
+        _workspace(built.mhc_pre_workspace, channels, threads),
+        tokens,
+        channels,
+        threads,
+    )
+    return u, h_post, h_res, saved
+
+
+def pre_backward(
+    du: torch.Tensor,
+    dh_post: torch.Tensor,
+    dh_res: torch.Tensor,
+    X: torch.Tensor,
+    phi: torch.Tensor,
+    bias: torch.Tensor,
+    alpha: torch.Tensor,
+    saved: torch.Tensor,
+    spec: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::pre_backward``."""
+    built, channels = library(spec, X.dtype), X.shape[-1]
+    tokens, threads = _tokens_and_threads(X)
+    dX = X.new_empty(X.shape)
+    grads = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (phi, bias, alpha)]
+    _call(
+        built.mhc_pre_backward,
+        (
+            _dense(du, X.dtype),
+            *_coefficients(dh_post, dh_res),
+            _dense(X),
+            *_coefficients(phi, bias, alpha, saved),
+            dX,
+            *grads,
+        ),
+        _workspace(built.mhc_pre_backward_workspace, channels, threads),
+        tokens,
+        channels,
+        threads,
+    )
+    dphi, dbias, dalpha = (
+        grad.to(tensor.dtype) for grad, tensor in zip(grads, (phi, bias, alpha), strict=True)
+    )
+    return dX, dphi, dbias, dalpha
+
+
+def post(
+    X: torch.Tensor, f: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor, spec: SiteSpec
+) -> torch.Tensor:
+    """``mhc::post``."""
+    out = X.new_empty(X.shape)
+    tokens, threads = _tokens_and_threads(X)
+    tensors = (_dense(X), _dense(f, X.dtype), *_coefficients(h_post, h_res), out)
+    _call(library(spec, X.dtype).mhc_post, tensors, None, tokens, X.shape[-1], threads)
+    return out
+
+
+def post_backward(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::post_backward``."""
+    dX, df = X.new_empty(X.shape), X.new_empty(f.shape)
+    dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
+    dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
+    tokens, threads = _tokens_and_threads(X)
+    tensors = (
+        _dense(dY, X.dtype),
+        _dense(X),
+        _dense(f, X.dtype),
+        *_coefficients(h_post, h_res),
+        dX,
+        df,
+        dh_post,
+        dh_res,
+    )
+    built = library(spec, X.dtype)
+    _call(built.mhc_post_backward, tensors, None, tokens, X.shape[-1], threads)
+    return dX, df.to(f.dtype), dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)
+
+
+def _dense(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return tensor.to(dtype or tensor.dtype).contiguous()
+
+
+def _coefficients(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [_dense(tensor, torch.float32) for tensor in tensors]
+
+
+def _tokens_and_threads(X: torch.Tensor) -> tuple[int, int]:
+    tokens = X.shape[:-2].numel()
+    return tokens, max(1, min(torch.get_num_threads(), -(-tokens // _BLOCK)))
+
+
+def _workspace(size: Any, channels: int, threads: int) -> torch.Tensor:
+    return torch.empty(size(ctypes.c_long(channels), threads))
+
+
+def _call(
+    function: Any,
+    tensors: Sequence[torch.Tensor],
+    workspace: torch.Tensor | None,
+    tokens: int,
+    channels: int,
+    threads: int,
+) -> None:
+    # `tensors` outlives the call, and with it the copies among them.
+    pointers = [*tensors, *([] if workspace is None else [workspace])]
+    arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers]
+    function(*arguments, ctypes.c_long(tokens), ctypes.c_long(channels), ctypes.c_int(threads))
