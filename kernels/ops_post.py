@@ -62,7 +62,7 @@ def post(
     """
     site = SiteSpec.decode(spec)
     _check("mhc::post", X, f, h_post, h_res, site)
-    if use_cpp("mhc::post", site, X, f, h_post, h_res):
+    if use_cpp("mhc::post", site, X, h_post, h_res, branch=f):
         return launch.post(X, f, h_post, h_res, site)
     dtype, n = coefficient_dtype(X), site.streams
     with torch.autocast(X.device.type, enabled=False):
@@ -110,7 +110,7 @@ def post_backward(
     site = SiteSpec.decode(spec)
     _check("mhc::post_backward", X, f, h_post, h_res, site)
     check_tensor("mhc::post_backward", "dY", dY, X.shape, X)
-    if use_cpp("mhc::post_backward", site, X, dY, f, h_post, h_res):
+    if use_cpp("mhc::post_backward", site, X, dY, h_post, h_res, branch=f):
         return launch.post_backward(dY, X, f, h_post, h_res, site)
     dtype, n, static = coefficient_dtype(X), site.streams, not site.dynamic
     with torch.autocast(X.device.type, enabled=False):

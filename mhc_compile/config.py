@@ -12,7 +12,14 @@ Collapse = Literal["mean", "sum", "learned"]
 Init = Literal["preserve", "paper"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 OnEager = Literal["raise", "warn", "ignore"]
-_CHOICES = {"collapse": Collapse, "init": Init, "inner": Inner, "on_eager": OnEager}
+Kernels = Literal["auto", "cpp", "reference"]
+_CHOICES = {
+    "collapse": Collapse,
+    "init": Init,
+    "inner": Inner,
+    "on_eager": OnEager,
+    "kernels": Kernels,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +59,9 @@ class MHCConfig:
     """Only sites whose name (``layers.3.add0``) matches one of these shell patterns."""
     exclude: tuple[str, ...] = ()
     """Of those, none whose name matches one of these."""
+    kernels: Kernels = "auto"
+    """What computes the mhc ops: "auto" takes generated C++ wherever it can, "cpp" refuses anything
+    else, "reference" is plain torch."""
     inner: Inner = "inductor"
     """What compiles the rewritten graph."""
     on_eager: OnEager = "raise"
@@ -93,6 +103,7 @@ class MHCConfig:
                 norm_eps=self.norm_eps,
                 dynamic=self.dynamic,
                 dim=dim,
+                kernels=self.kernels,
             )
         except KernelError as error:
             raise ConfigError(str(error)) from error

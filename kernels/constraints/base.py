@@ -81,7 +81,6 @@ class Constraint(ABC):
             [out, in] order, and of ``matrix_backward(const vec* g, const vec* h, vec* dh)``.
         """
 
-
     @abstractmethod
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The logits a site starts from.

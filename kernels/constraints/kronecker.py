@@ -89,7 +89,7 @@ class Kronecker(Constraint):
             back.append(f"const vec d{k} = w[{k}][0] * w[{k}][1] * (({keep}) - ({swap}));")
             back.append(f"dh[{2 * k}] = d{k}; dh[{2 * k + 1}] = -d{k};")
         return (
-            "// H_res[i, j] = v[i ^ j], v the Kronecker product of softmax(h_k), arXiv 2601.21579.\n"
+            "// H_res[i, j] = v[i ^ j], v the product of all softmax(h_k), arXiv 2601.21579.\n"
             + function("matrix(const vec* h, vec* out)", [*weights, *values, *entries])
             + function(
                 "matrix_backward(const vec* g, const vec* h, vec* dh)", [*weights, *sums, *back]

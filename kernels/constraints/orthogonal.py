@@ -43,8 +43,8 @@ class Orthogonal(Constraint):
     def cpp(self, spec: SiteSpec) -> str:
         """Gauss-Jordan elimination in registers; see `Constraint.cpp`.
 
-        It needs no pivoting: the symmetric part of I + A is I, and of each Schur complement the
-        same or more.
+        It needs no pivoting: the symmetric part of I + A is I, and that of every Schur complement
+        is no smaller.
         """
         n = spec.streams
         pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
@@ -58,10 +58,23 @@ class Orthogonal(Constraint):
             for i in (i for i in range(n) if i != k):
                 invert.append(f"const vec factor{k}_{i} = b[{i * n + k}];")
                 invert.append(f"b[{i * n + k}] = vec{{}};")
-                invert += [
-                    f"b[{i * n + j}] -= factor{k}_{i} * b[{k * n + j}];" for j in range(n)
-                ]
-        entries = [f"out[{i}] = 2.0f * b[{i}]{' - 1.0f' * (i % (n + 1) == 0)};" for i in range(n * n)]
+                invert += [f"b[{i * n + j}] -= factor{k}_{i} * b[{k * n + j}];" for j in range(n)]
+        # Pivots of 1 beside entries of many cost digits; one step of Newton, B (2 I - (I + A) B),
+        # gets them back.
+        invert += [
+            f"vec a[{n * n}], rest[{n * n}];",
+            f"for (int i = 0; i < {n * n}; ++i) a[i] = splat(i % {n + 1} == 0);",
+            *(
+                f"a[{i * n + j}] = h[{k}]; a[{j * n + i}] = -h[{k}];"
+                for k, (i, j) in enumerate(pairs)
+            ),
+            *_products("rest", "splat(i == j ? 2 : 0)", "-", "a", "b", n),
+            f"for (int i = 0; i < {n * n}; ++i) a[i] = b[i];",
+            *_products("b", "vec{}", "+", "a", "rest", n),
+        ]
+        entries = [
+            f"out[{i}] = 2.0f * b[{i}]{' - 1.0f' * (i % (n + 1) == 0)};" for i in range(n * n)
+        ]
         left = [  # B^T dH
             f"const vec c{i}_{j} = "
             + total(f"b[{k * n + i}] * g[{k * n + j}]" for k in range(n))
@@ -90,6 +103,18 @@ class Orthogonal(Constraint):
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Zero, the identity, for either ``init``; the Jacobian there is -2, not 0."""
         return torch.zeros(self.logits(streams), dtype=torch.float64)
+
+
+def _products(out: str, start: str, sign: str, left: str, right: str, n: int) -> list[str]:
+    """C++ loops for ``out = start + sign * left right``."""
+    return [
+        f"for (int i = 0; i < {n}; ++i)",
+        f"  for (int j = 0; j < {n}; ++j) {{",
+        f"    vec sum = {start};",
+        f"    for (int k = 0; k < {n}; ++k) sum {sign}= {left}[i * {n} + k] * {right}[k * {n} + j];",
+        f"    {out}[i * {n} + j] = sum;",
+        "  }",
+    ]
 
 
 def _upper(streams: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mhc_compile.errors import KernelError
 from mhc_compile.kernels.constraints.base import Constraint, softmax_backward
-from mhc_compile.kernels.cpp.text import function, items, literal, total
+from mhc_compile.kernels.cpp.text import function, items, total
 from mhc_compile.kernels.spec import SiteSpec
 
 _MAX_STREAMS = 5  # 120 logits per token; 6 streams would need 720

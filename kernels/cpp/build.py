@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -28,20 +27,22 @@ _FLAGS = (
     "-shared",
     "-Wno-psabi",  # vectors wider than the processor's are passed to inlined functions only
 )
-_LOCK = threading.Lock()
-_loaded: dict[str, ctypes.CDLL] = {}
 
 
+@cache  # without a lock, which a fork could inherit locked: to build twice at once does no harm
 def load(source: str) -> ctypes.CDLL:
     """The library compiled from ``source``.
 
     Raises:
         KernelError: there is no compiler, or it refuses; the message holds what it printed.
     """
-    with _LOCK:
-        if source not in _loaded:
-            _loaded[source] = ctypes.CDLL(str(_built(source)))
-        return _loaded[source]
+    try:
+        return ctypes.CDLL(str(_built(source)))
+    except OSError as error:
+        raise KernelError(
+            f"the generated C++ cannot be kept in {cache_directory()} or loaded from there: "
+            f"{error}; set MHC_COMPILE_CACHE to a directory of your own"
+        ) from error
 
 
 def cache_directory() -> Path:
@@ -74,8 +75,7 @@ def _compiler() -> str:
         if found:
             return found
     raise KernelError(
-        "no C++ compiler was found: install g++ or clang++ (or set CXX), or use "
-        "kernels='reference'"
+        "no C++ compiler was found: install g++ or clang++ (or set CXX), or use kernels='reference'"
     )
 
 

@@ -1,7 +1,7 @@
 """The generated functions called with tensors.
 
-Results have the shapes and dtypes of the ops' own bodies. Callers have asked `select` before: states
-are dense ``[..., n, C]`` on the CPU in a dtype of `STREAM_TYPES`.
+Results have the shapes and dtypes of the ops' own bodies. Callers have asked `use_cpp` before: the
+state is ``[..., n, C]`` on the CPU in a dtype of `STREAM_TYPES`.
 """
 
 import ctypes
