@@ -111,7 +111,8 @@ def _products(out: str, start: str, sign: str, left: str, right: str, n: int) ->
         f"for (int i = 0; i < {n}; ++i)",
         f"  for (int j = 0; j < {n}; ++j) {{",
         f"    vec sum = {start};",
-        f"    for (int k = 0; k < {n}; ++k) sum {sign}= {left}[i * {n} + k] * {right}[k * {n} + j];",
+        f"    for (int k = 0; k < {n}; ++k)",
+        f"      sum {sign}= {left}[i * {n} + k] * {right}[k * {n} + j];",
         f"    {out}[i * {n} + j] = sum;",
         "  }",
     ]

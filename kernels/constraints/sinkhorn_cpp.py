@@ -55,7 +55,7 @@ def _first_steps(columns: Indices, rows: Indices, eps: float, start_eps: float) 
         yield f"const vec column{j} = 1.0f / ({total(items('start', line))});"
         yield " ".join(f"start[{k}] *= column{j};" for k in line)
     if eps == 0.0:
-        # As in the reference: rows are divided on logarithms here, for none may underflow whole.
+        yield "// Relative to the row's maximum, too: a whole row may be far below its columns'."
         for i, line in enumerate(rows):
             logs = [f"h[{k}] - top{j}" for j, k in enumerate(line)]
             yield f"const vec high{i} = {largest(logs)};"

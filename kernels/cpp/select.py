@@ -45,8 +45,8 @@ def use_cpp(
         return True
     if spec.kernels == "cpp":
         raise KernelError(
-            f"{op}: kernels='cpp' cannot run this site: {reason or failure}; use kernels='auto' to have the "
-            "torch reference in such cases"
+            f"{op}: kernels='cpp' cannot run this site: {reason or failure}; use "
+            "kernels='auto' to have the torch reference in such cases"
         )
     if failure is None:
         _log(f"{op} runs as plain torch: {reason}")

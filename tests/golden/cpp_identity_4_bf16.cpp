@@ -1,0 +1,69 @@
+// Site: 4 streams, constraint identity.
+typedef bf16 stream_t;
+constexpr int N = 4;  // streams
+constexpr int M = 8;  // logits: pre 4, post 4, res 0
+constexpr int S = 1;  // norms, and projected rows, per token
+constexpr bool MIXES = false;
+constexpr float NORM_EPS = 1e-06f;
+
+INLINE vec bounded(vec hidden) { return hidden; }
+INLINE vec bounded_backward(vec g, vec) { return g; }
+// (17): H_pre = sigmoid(h).
+INLINE vec pre_gate(vec h) { return sigmoid(h); }
+INLINE vec pre_gate_backward(vec g, vec h) {
+  const vec s = sigmoid(h);
+  return g * (s * (1.0f - s));
+}
+// (18): H_post = 2 sigmoid(h).
+INLINE vec post_gate(vec h) { return 2.0f * sigmoid(h); }
+INLINE vec post_gate_backward(vec g, vec h) {
+  const vec s = sigmoid(h);
+  return g * (2.0f * s * (1.0f - s));
+}
+
+// H_res = I.
+INLINE void matrix(const vec*, vec*) {}
+INLINE void matrix_backward(const vec*, const vec*, vec*) {}
+
+// u = sum_i H_pre[i] X_i.
+INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
+  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+    at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c) + w[2] * load(x + 2 * padded + c) + w[3] * load(x + 3 * padded + c));
+  });
+}
+
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
+INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+    const vec fc = at.get(f + c);
+    const vec x0 = at.get(x + 0 * channels + c);
+    const vec x1 = at.get(x + 1 * channels + c);
+    const vec x2 = at.get(x + 2 * channels + c);
+    const vec x3 = at.get(x + 3 * channels + c);
+    at.put_far(y + 0 * channels + c, x0 + p[0] * fc);
+    at.put_far(y + 1 * channels + c, x1 + p[1] * fc);
+    at.put_far(y + 2 * channels + c, x2 + p[2] * fc);
+    at.put_far(y + 3 * channels + c, x3 + p[3] * fc);
+  });
+}
+
+// dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
+// and f, whose sums over the channels are the gradients of H_res and H_post.
+INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+    const vec fc = at.get(f + c);
+    const vec g0 = at.get(g + 0 * channels + c);
+    const vec g1 = at.get(g + 1 * channels + c);
+    const vec g2 = at.get(g + 2 * channels + c);
+    const vec g3 = at.get(g + 3 * channels + c);
+    at.put_far(dx + 0 * channels + c, g0);
+    at.put_far(dx + 1 * channels + c, g1);
+    at.put_far(dx + 2 * channels + c, g2);
+    at.put_far(dx + 3 * channels + c, g3);
+    at.put(df + c, p[0] * g0 + p[1] * g1 + p[2] * g2 + p[3] * g3);
+    dots[0] += g0 * fc;
+    dots[1] += g1 * fc;
+    dots[2] += g2 * fc;
+    dots[3] += g3 * fc;
+  });
+}

@@ -1,0 +1,60 @@
+// Site: 2 streams, constraint none.
+typedef float stream_t;
+constexpr int N = 2;  // streams
+constexpr int M = 8;  // logits: pre 2, post 2, res 4
+constexpr int S = 2;  // norms, and projected rows, per token
+constexpr bool MIXES = true;
+constexpr float NORM_EPS = 1e-06f;
+
+// H = alpha tanh(z / r) + b, arXiv 2409.19606.
+INLINE vec bounded(vec hidden) { return tanh(hidden); }
+INLINE vec bounded_backward(vec g, vec bounded) { return g * (1.0f - bounded * bounded); }
+INLINE vec pre_gate(vec h) { return h; }
+INLINE vec pre_gate_backward(vec g, vec) { return g; }
+INLINE vec post_gate(vec h) { return h; }
+INLINE vec post_gate_backward(vec g, vec) { return g; }
+
+// H_res = h.
+INLINE void matrix(const vec* h, vec* out) { for (int i = 0; i < 4; ++i) out[i] = h[i]; }
+INLINE void matrix_backward(const vec* g, const vec*, vec* dh) {
+  for (int i = 0; i < 4; ++i) dh[i] = g[i];
+}
+
+// u = sum_i H_pre[i] X_i.
+INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
+  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+    at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c));
+  });
+}
+
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
+INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+    const vec fc = at.get(f + c);
+    const vec x0 = at.get(x + 0 * channels + c);
+    const vec x1 = at.get(x + 1 * channels + c);
+    at.put_far(y + 0 * channels + c, r[0] * x0 + r[1] * x1 + p[0] * fc);
+    at.put_far(y + 1 * channels + c, r[2] * x0 + r[3] * x1 + p[1] * fc);
+  });
+}
+
+// dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
+// and f, whose sums over the channels are the gradients of H_res and H_post.
+INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+    const vec fc = at.get(f + c);
+    const vec g0 = at.get(g + 0 * channels + c);
+    const vec g1 = at.get(g + 1 * channels + c);
+    const vec x0 = at.get(x + 0 * channels + c);
+    const vec x1 = at.get(x + 1 * channels + c);
+    at.put_far(dx + 0 * channels + c, r[0] * g0 + r[2] * g1);
+    at.put_far(dx + 1 * channels + c, r[1] * g0 + r[3] * g1);
+    at.put(df + c, p[0] * g0 + p[1] * g1);
+    dots[0] += g0 * x0;
+    dots[1] += g0 * x1;
+    dots[4] += g0 * fc;
+    dots[2] += g1 * x0;
+    dots[3] += g1 * x1;
+    dots[5] += g1 * fc;
+  });
+}

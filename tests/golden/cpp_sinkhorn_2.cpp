@@ -1,0 +1,163 @@
+// Site: 2 streams, constraint sinkhorn.
+typedef float stream_t;
+constexpr int N = 2;  // streams
+constexpr int M = 8;  // logits: pre 2, post 2, res 4
+constexpr int S = 1;  // norms, and projected rows, per token
+constexpr bool MIXES = true;
+constexpr float NORM_EPS = 1e-06f;
+
+INLINE vec bounded(vec hidden) { return hidden; }
+INLINE vec bounded_backward(vec g, vec) { return g; }
+// (17): H_pre = sigmoid(h).
+INLINE vec pre_gate(vec h) { return sigmoid(h); }
+INLINE vec pre_gate_backward(vec g, vec h) {
+  const vec s = sigmoid(h);
+  return g * (s * (1.0f - s));
+}
+// (18): H_post = 2 sigmoid(h).
+INLINE vec post_gate(vec h) { return 2.0f * sigmoid(h); }
+INLINE vec post_gate_backward(vec g, vec h) {
+  const vec s = sigmoid(h);
+  return g * (2.0f * s * (1.0f - s));
+}
+
+// (19): exp, then 20 times columns and rows divided by their sums.
+INLINE void first_steps(const vec* h, vec* start, vec* divisors, vec* m) {
+  const vec top0 = max(h[0], h[2]);
+  start[0] = exp(h[0] - top0);
+  start[2] = exp(h[2] - top0);
+  const vec column0 = 1.0f / (start[0] + start[2]);
+  start[0] *= column0; start[2] *= column0;
+  const vec top1 = max(h[1], h[3]);
+  start[1] = exp(h[1] - top1);
+  start[3] = exp(h[3] - top1);
+  const vec column1 = 1.0f / (start[1] + start[3]);
+  start[1] *= column1; start[3] *= column1;
+  // Relative to the row's maximum, too: a whole row may be far below its columns'.
+  const vec high0 = max(h[0] - top0, h[1] - top1);
+  m[0] = exp(h[0] - top0 - high0) * column0;
+  m[1] = exp(h[1] - top1 - high0) * column1;
+  const vec high1 = max(h[2] - top0, h[3] - top1);
+  m[2] = exp(h[2] - top0 - high1) * column0;
+  m[3] = exp(h[3] - top1 - high1) * column1;
+  divisors[0] = m[0] + m[1];
+  divisors[1] = m[2] + m[3];
+  const vec inverse0 = 1.0f / divisors[0];
+  m[0] *= inverse0; m[1] *= inverse0;
+  const vec inverse1 = 1.0f / divisors[1];
+  m[2] *= inverse1; m[3] *= inverse1;
+}
+INLINE void divide_columns(vec* m, vec* divisors) {
+  divisors[0] = m[0] + m[2];
+  divisors[1] = m[1] + m[3];
+  const vec inverse0 = 1.0f / divisors[0];
+  m[0] *= inverse0; m[2] *= inverse0;
+  const vec inverse1 = 1.0f / divisors[1];
+  m[1] *= inverse1; m[3] *= inverse1;
+}
+INLINE void divide_rows(vec* m, vec* divisors) {
+  divisors[0] = m[0] + m[1];
+  divisors[1] = m[2] + m[3];
+  const vec inverse0 = 1.0f / divisors[0];
+  m[0] *= inverse0; m[1] *= inverse0;
+  const vec inverse1 = 1.0f / divisors[1];
+  m[2] *= inverse1; m[3] *= inverse1;
+}
+INLINE void undo_columns(vec* g, vec* m, const vec* divisors) {
+  const vec inverse0 = 1.0f / divisors[0];
+  const vec dot0 = g[0] * m[0] + g[2] * m[2];
+  g[0] = (g[0] - dot0) * inverse0;
+  g[2] = (g[2] - dot0) * inverse0;
+  m[0] *= divisors[0]; m[2] *= divisors[0];
+  const vec inverse1 = 1.0f / divisors[1];
+  const vec dot1 = g[1] * m[1] + g[3] * m[3];
+  g[1] = (g[1] - dot1) * inverse1;
+  g[3] = (g[3] - dot1) * inverse1;
+  m[1] *= divisors[1]; m[3] *= divisors[1];
+}
+INLINE void undo_rows(vec* g, vec* m, const vec* divisors) {
+  const vec inverse0 = 1.0f / divisors[0];
+  const vec dot0 = g[0] * m[0] + g[1] * m[1];
+  g[0] = (g[0] - dot0) * inverse0;
+  g[1] = (g[1] - dot0) * inverse0;
+  m[0] *= divisors[0]; m[1] *= divisors[0];
+  const vec inverse1 = 1.0f / divisors[1];
+  const vec dot1 = g[2] * m[2] + g[3] * m[3];
+  g[2] = (g[2] - dot1) * inverse1;
+  g[3] = (g[3] - dot1) * inverse1;
+  m[2] *= divisors[1]; m[3] *= divisors[1];
+}
+INLINE void matrix(const vec* h, vec* out) {
+  vec m[4], start[4], divisors[2];
+  first_steps(h, start, divisors, m);
+  for (int k = 1; k < 20; ++k) {
+    divide_columns(m, divisors);
+    divide_rows(m, divisors);
+  }
+  for (int i = 0; i < 4; ++i) out[i] = m[i];
+}
+INLINE void matrix_backward(const vec* dm, const vec* h, vec* dh) {
+  vec m[4], g[4], start[4], divisors[2];
+  vec by_column[20][2], by_row[20][2];
+  first_steps(h, start, divisors, m);
+  for (int k = 1; k < 20; ++k) {
+    divide_columns(m, by_column[k]);
+    divide_rows(m, by_row[k]);
+  }
+  for (int i = 0; i < 4; ++i) g[i] = dm[i];
+  for (int k = 20 - 1; k > 0; --k) {
+    undo_rows(g, m, by_row[k]);
+    undo_columns(g, m, by_column[k]);
+  }
+  const vec dot0 = g[0] * m[0] + g[1] * m[1];
+  g[0] = m[0] * (g[0] - dot0);
+  g[1] = m[1] * (g[1] - dot0);
+  const vec dot1 = g[2] * m[2] + g[3] * m[3];
+  g[2] = m[2] * (g[2] - dot1);
+  g[3] = m[3] * (g[3] - dot1);
+  const vec sum0 = g[0] + g[2];
+  dh[0] = g[0] - start[0] * sum0;
+  dh[2] = g[2] - start[2] * sum0;
+  const vec sum1 = g[1] + g[3];
+  dh[1] = g[1] - start[1] * sum1;
+  dh[3] = g[3] - start[3] * sum1;
+}
+
+// u = sum_i H_pre[i] X_i.
+INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
+  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+    at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c));
+  });
+}
+
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
+INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+    const vec fc = at.get(f + c);
+    const vec x0 = at.get(x + 0 * channels + c);
+    const vec x1 = at.get(x + 1 * channels + c);
+    at.put_far(y + 0 * channels + c, r[0] * x0 + r[1] * x1 + p[0] * fc);
+    at.put_far(y + 1 * channels + c, r[2] * x0 + r[3] * x1 + p[1] * fc);
+  });
+}
+
+// dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
+// and f, whose sums over the channels are the gradients of H_res and H_post.
+INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+    const vec fc = at.get(f + c);
+    const vec g0 = at.get(g + 0 * channels + c);
+    const vec g1 = at.get(g + 1 * channels + c);
+    const vec x0 = at.get(x + 0 * channels + c);
+    const vec x1 = at.get(x + 1 * channels + c);
+    at.put_far(dx + 0 * channels + c, r[0] * g0 + r[2] * g1);
+    at.put_far(dx + 1 * channels + c, r[1] * g0 + r[3] * g1);
+    at.put(df + c, p[0] * g0 + p[1] * g1);
+    dots[0] += g0 * x0;
+    dots[1] += g0 * x1;
+    dots[4] += g0 * fc;
+    dots[2] += g1 * x0;
+    dots[3] += g1 * x1;
+    dots[5] += g1 * fc;
+  });
+}
