@@ -58,13 +58,13 @@ class _Site:
         self.grads = [torch.randn_like(self.f), torch.randn_like(self.state)]
 
     def runs(self, names: Sequence[str]) -> dict[str, Callable[[], object]]:
-        every = {
+        compiled = torch.compile(self._equations, fullgraph=True)
+        every: dict[str, Callable[[], object]] = {
             "cpp": lambda: self._gradients(self._ops("cpp")),
             "reference": lambda: self._gradients(self._ops("reference")),
             "inductor": lambda: self._gradients(compiled(*self._leaves())),
             "floor": self._floor(),
         }
-        compiled = torch.compile(self._equations, fullgraph=True)
         return {name: every[name] for name in names}
 
     def _leaves(self) -> list[torch.Tensor]:

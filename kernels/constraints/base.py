@@ -74,7 +74,7 @@ class Constraint(ABC):
 
     @abstractmethod
     def cpp(self, spec: SiteSpec) -> str:
-        """Its lines of the generated C++ source, for 16 tokens at once.
+        """Its lines of the generated C++ source, for a vector of tokens.
 
         Returns:
             Definitions of ``matrix(const vec* h, vec* out)``, from k logits to n * n entries in

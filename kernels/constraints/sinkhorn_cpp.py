@@ -1,7 +1,7 @@
 """The C++ lines of the two Sinkhorn constraints, unrolled over the n x n entries.
 
-Matrices stay in registers, 16 tokens wide. Going back, the matrix before a step is the one after it
-times that step's divisors: only those are kept, on the stack.
+Matrices stay in registers, each entry a vector over tokens. Going back, the matrix before a step is
+the one after it times that step's divisors: only those are kept, on the stack.
 """
 
 from collections.abc import Iterator

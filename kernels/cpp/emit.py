@@ -33,10 +33,10 @@ def source(spec: SiteSpec, dtype: torch.dtype) -> str:
         dtype: of the streams, one of `STREAM_TYPES`.
 
     Returns:
-        C++17 that defines ``mhc_pre``, ``mhc_pre_backward``, ``mhc_post``, ``mhc_post_backward``
-        and the two ``..._workspace``, with C linkage.
+        C++17 that defines ``mhc_pre``, ``mhc_pre_backward``, ``mhc_post``, ``mhc_post_backward``,
+        ``mhc_collapse`` and the two ``..._workspace``, with C linkage.
     """
-    lanes, *loops = (_shared_text(name) for name in ("lanes", "projection", "pre", "post"))
+    lanes, *loops = (_shared_text(name) for name in ("lanes", "projection", "pre", "post", "ends"))
     return "\n".join((lanes, site_source(spec, dtype), *loops))
 
 
@@ -49,6 +49,7 @@ def site_source(spec: SiteSpec, dtype: torch.dtype) -> str:
         _read_streams(spec.streams),
         _write_streams(spec),
         _write_streams_backward(spec),
+        _sum_streams(spec.streams),
     )
     return "\n".join(parts)
 
@@ -110,6 +111,19 @@ def _read_streams(n: int) -> str:
         [f"for_channels(channels, false, {_STEP} {{", f"  at.put(u + c, {mixed});", "});"],
     )
     return f"// u = sum_i H_pre[i] X_i.\n{text}"
+
+
+def _sum_streams(n: int) -> str:
+    terms = total(f"at.get(x + {i} * channels + c)" for i in range(n))
+    text = function(
+        "sum_streams(const stream_t* x, float divisor, stream_t* out, long channels)",
+        [
+            f"for_channels(channels, false, {_STEP} {{",
+            f"  at.put(out + c, ({terms}) / divisor);",
+            "});",
+        ],
+    )
+    return f"// The collapse: sum_i X_i, over n for a mean.\n{text}"
 
 
 def _write_streams(spec: SiteSpec) -> str:

@@ -1,6 +1,6 @@
-// What every generated source starts with: vectors of 16 floats, and the loops over them whose text
-// does not depend on the site. A vector holds 16 channels of one token, or one coefficient of 16
-// tokens. GCC and clang lower it to whatever the processor has.
+// What every generated source starts with: vectors of L floats, and the loops over them whose text
+// does not depend on the site. A vector holds L channels of one token, or one coefficient of L
+// tokens.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,19 +12,23 @@
 #define INLINE static MEMBER
 #define UNROLL _Pragma("GCC unroll 32")  // GCC keeps arrays in registers only where loops vanish
 
-constexpr int L = 16;
+// L is the processor's own width: wider vectors work, but GCC takes them apart badly.
+//
+// Register tiles: ROWS x OUTS accumulators (projection), ROWS x COLS (gradient of the state),
+// COLS x OUTS (gradient of phi). ROWS divides L.
+#if defined(__AVX512F__)
+constexpr int L = 16, ROWS = 4, OUTS = 6, COLS = 4;
+#elif defined(__AVX__)
+constexpr int L = 8, ROWS = 4, OUTS = 3, COLS = 3;
+#elif defined(__aarch64__)
+constexpr int L = 4, ROWS = 4, OUTS = 6, COLS = 4;
+#else
+constexpr int L = 4, ROWS = 4, OUTS = 3, COLS = 3;
+#endif
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef uint32_t uvec __attribute__((vector_size(4 * L)));
 typedef uint16_t hvec __attribute__((vector_size(2 * L)));
-
-// Register tiles: ROWS x OUTS accumulators (projection), ROWS x COLS (gradient of the state),
-// COLS x OUTS (gradient of phi).
-#ifdef __AVX512F__
-constexpr int ROWS = 4, OUTS = 6, COLS = 4;
-#else
-constexpr int ROWS = 2, OUTS = 3, COLS = 2;
-#endif
 
 struct bf16 {
   uint16_t bits;
@@ -57,6 +61,8 @@ INLINE void stream(float* p, vec v) {
   __builtin_nontemporal_store(v, (vec*)p);
 #elif defined(__AVX512F__)
   __builtin_ia32_movntps512(p, v);
+#elif defined(__AVX__)
+  __builtin_ia32_movntps256(p, v);
 #else
   store(p, v);
 #endif
@@ -152,14 +158,14 @@ INLINE vec tanh(vec x) {
 }
 
 INLINE float sum(vec v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  return v[0] + v[1];
+  UNROLL for (int half = L / 2; half; half /= 2)
+    UNROLL for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
 }
 
-// The sums of 16 vectors, in the 16 lanes of one: 15 times two halves are added.
+// The sums of L vectors, in the lanes of one; for L = 16 by adding two halves 15 times.
 INLINE vec lane_sums(vec* v) {
+#if defined(__AVX512F__)
   UNROLL for (int i = 0; i < 8; ++i)
     v[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21,
                                    22, 23) +
@@ -179,9 +185,14 @@ INLINE vec lane_sums(vec* v) {
                                  30) +
          __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15,
                                  31);
+#else
+  vec total;
+  UNROLL for (int i = 0; i < L; ++i) total[i] = sum(v[i]);
+  return total;
+#endif
 }
 
-// Token-major memory [tokens][stride] from and to vectors over 16 tokens, of which count exist.
+// Token-major memory [tokens][stride] from and to vectors over L tokens, of which count exist.
 template <int WIDTH> INLINE void get_lanes(const float* p, int count, vec* v, int stride = WIDTH) {
   for (int i = 0; i < WIDTH; ++i) {
     v[i] = vec{};

@@ -47,14 +47,10 @@ def pre(
     h_post, h_res, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if not constraint_of(spec).mixes:
         torch.eye(spec.streams, out=h_res)
-    _call(
-        built.mhc_pre,
-        (_dense(X), *_coefficients(phi, bias, alpha), u, h_post, h_res, saved),
-        _workspace(built.mhc_pre_workspace, channels, threads),
-        tokens,
-        channels,
-        threads,
-    )
+    workspace = _workspace(built.mhc_pre_workspace, channels, threads)
+    results = (u, h_post, h_res, saved)
+    arguments = (_dense(X), *_coefficients(phi, bias, alpha), *results, workspace)
+    _call(built.mhc_pre, arguments, tokens, channels, threads)
     return u, h_post, h_res, saved
 
 
@@ -74,21 +70,16 @@ def pre_backward(
     tokens, threads = _tokens_and_threads(X)
     dX = X.new_empty(X.shape)
     grads = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (phi, bias, alpha)]
-    _call(
-        built.mhc_pre_backward,
-        (
-            _dense(du, X.dtype),
-            *_coefficients(dh_post, dh_res),
-            _dense(X),
-            *_coefficients(phi, bias, alpha, saved),
-            dX,
-            *grads,
-        ),
+    arguments = (
+        _dense(du, X.dtype),
+        *_coefficients(dh_post, dh_res),
+        _dense(X),
+        *_coefficients(phi, bias, alpha, saved),
+        dX,
+        *grads,
         _workspace(built.mhc_pre_backward_workspace, channels, threads),
-        tokens,
-        channels,
-        threads,
     )
+    _call(built.mhc_pre_backward, arguments, tokens, channels, threads)
     dphi, dbias, dalpha = (
         grad.to(tensor.dtype) for grad, tensor in zip(grads, (phi, bias, alpha), strict=True)
     )
@@ -101,8 +92,8 @@ def post(
     """``mhc::post``."""
     out = X.new_empty(X.shape)
     tokens, threads = _tokens_and_threads(X)
-    tensors = (_dense(X), _dense(f, X.dtype), *_coefficients(h_post, h_res), out)
-    _call(library(spec, X.dtype).mhc_post, tensors, None, tokens, X.shape[-1], threads)
+    arguments = (_dense(X), _dense(f, X.dtype), *_coefficients(h_post, h_res), out)
+    _call(library(spec, X.dtype).mhc_post, arguments, tokens, X.shape[-1], threads)
     return out
 
 
@@ -119,7 +110,7 @@ def post_backward(
     dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
     dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
     tokens, threads = _tokens_and_threads(X)
-    tensors = (
+    arguments = (
         _dense(dY, X.dtype),
         _dense(X),
         _dense(f, X.dtype),
@@ -130,8 +121,18 @@ def post_backward(
         dh_res,
     )
     built = library(spec, X.dtype)
-    _call(built.mhc_post_backward, tensors, None, tokens, X.shape[-1], threads)
+    _call(built.mhc_post_backward, arguments, tokens, X.shape[-1], threads)
     return dX, df.to(f.dtype), dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)
+
+
+def collapse(X: torch.Tensor, mode: str, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::collapse`` with ``mode`` "mean" or "sum"."""
+    out = X.new_empty((*X.shape[:-2], X.shape[-1]))
+    tokens, threads = _tokens_and_threads(X)
+    divisor = float(spec.streams) if mode == "mean" else 1.0
+    arguments = (_dense(X), out, divisor)
+    _call(library(spec, X.dtype).mhc_collapse, arguments, tokens, X.shape[-1], threads)
+    return out
 
 
 def _dense(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -153,13 +154,16 @@ def _workspace(size: Any, channels: int, threads: int) -> torch.Tensor:
 
 def _call(
     function: Any,
-    tensors: Sequence[torch.Tensor],
-    workspace: torch.Tensor | None,
+    arguments: Sequence[torch.Tensor | float],
     tokens: int,
     channels: int,
     threads: int,
 ) -> None:
-    # `tensors` outlives the call, and with it the copies among them.
-    pointers = [*tensors, *([] if workspace is None else [workspace])]
-    arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in pointers]
-    function(*arguments, ctypes.c_long(tokens), ctypes.c_long(channels), ctypes.c_int(threads))
+    # `arguments` outlives the call, and with it the copies among its tensors.
+    pointers = [
+        ctypes.c_void_p(argument.data_ptr())
+        if isinstance(argument, torch.Tensor)
+        else ctypes.c_float(argument)
+        for argument in arguments
+    ]
+    function(*pointers, ctypes.c_long(tokens), ctypes.c_long(channels), ctypes.c_int(threads))

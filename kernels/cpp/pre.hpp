@@ -1,4 +1,4 @@
-// mhc::pre and its gradient. Blocks of 16 tokens stay in the caches from the projection to the
+// mhc::pre and its gradient. Blocks of L tokens stay in the caches from the projection to the
 // pre-mix; coefficients are vectors over those tokens.
 
 constexpr int O = M / S;  // outputs of one projected row: a token, or one stream of it
@@ -151,8 +151,8 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
         auto step = [&](long c, auto columns) {
           constexpr int V = decltype(columns)::value;
           const long at = j * size.padded + c;
-          next_x.fetch(V * L);
-          next_du.fetch(V * L / N);
+          next_x.fetch(V * L * L / 16);
+          next_du.fetch(V * L * L / 16 / N);
           add_phi_gradient<V, O>(x + at, stride, count, rows[s], phi_sum + (from + c) * O);
           state_gradient<V, O>(x + at, du + c, size.padded, stride, count, packed + (from + c) * O,
                                rows[s], shrink[s], pre[j], dx + at, direct && streamed);

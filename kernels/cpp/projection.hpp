@@ -1,4 +1,4 @@
-// The projection z = vec(X) phi and its two gradients, for blocks of at most 16 tokens.
+// The projection z = vec(X) phi and its two gradients, for blocks of at most L tokens.
 //
 // Blocks are floats [tokens][streams][padded], channels padded with zeros to whole vectors; phi is
 // packed as [chunk of L channels][output][L], so that no vector reaches over two streams.
@@ -74,7 +74,7 @@ static void project_tile(const float* x, long stride, long width, const float* p
                          vec (*sums)[L]) {
   vec z[ROWS][W] = {}, squares[ROWS] = {};
   for (long k = 0; k < width; k += L) {
-    if (FIRST) ahead.fetch(ROWS);
+    if (FIRST) ahead.fetch(ROWS * L / 16);
     vec rows[ROWS];
     UNROLL for (int t = 0; t < ROWS; ++t) rows[t] = load(x + t * stride + k);
     UNROLL for (int o = 0; o < W; ++o) {

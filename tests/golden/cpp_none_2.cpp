@@ -58,3 +58,10 @@ INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const s
     dots[5] += g1 * fc;
   });
 }
+
+// The collapse: sum_i X_i, over n for a mean.
+INLINE void sum_streams(const stream_t* x, float divisor, stream_t* out, long channels) {
+  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+    at.put(out + c, (at.get(x + 0 * channels + c) + at.get(x + 1 * channels + c)) / divisor);
+  });
+}

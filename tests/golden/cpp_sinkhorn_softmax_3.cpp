@@ -219,3 +219,10 @@ INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const s
     dots[11] += g2 * fc;
   });
 }
+
+// The collapse: sum_i X_i, over n for a mean.
+INLINE void sum_streams(const stream_t* x, float divisor, stream_t* out, long channels) {
+  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+    at.put(out + c, (at.get(x + 0 * channels + c) + at.get(x + 1 * channels + c) + at.get(x + 2 * channels + c)) / divisor);
+  });
+}
