@@ -131,8 +131,11 @@ def _write_streams(spec: SiteSpec) -> str:
 
     def body() -> Iterator[str]:
         yield f"for_channels(channels, streamed, {_STEP} {{"
-        yield "  const vec fc = at.get(f + c);"
-        yield from (f"  const vec x{j} = at.get(x + {j} * channels + c);" for j in range(n))
+        yield "  const vec fc = at.get_next(f + c, channels);"
+        yield from (
+            f"  const vec x{j} = at.get_next(x + {j} * channels + c, {n} * channels);"
+            for j in range(n)
+        )
         for i in range(n):
             carried = [f"r[{k}] * x{j}" for j, k in enumerate(row(i, n))] if mixes else [f"x{i}"]
             yield f"  at.put_far(y + {i} * channels + c, {total([*carried, f'p[{i}] * fc'])});"
@@ -154,12 +157,18 @@ def _write_streams_backward(spec: SiteSpec) -> str:
     def one_pass(rows: range) -> Iterator[str]:
         first = rows[0] == 0
         yield f"for_channels(channels, streamed, {_STEP} {{"
-        yield "  const vec fc = at.get(f + c);"
+        yield "  const vec fc = at.get_next(f + c, channels);"
         # The first pass has all gradients at hand, and so writes those of X and f.
         needed = range(n) if first else rows
-        yield from (f"  const vec g{i} = at.get(g + {i} * channels + c);" for i in needed)
+        yield from (
+            f"  const vec g{i} = at.get_next(g + {i} * channels + c, {n} * channels);"
+            for i in needed
+        )
         if mixes:
-            yield from (f"  const vec x{j} = at.get(x + {j} * channels + c);" for j in range(n))
+            yield from (
+                f"  const vec x{j} = at.get_next(x + {j} * channels + c, {n} * channels);"
+                for j in range(n)
+            )
         if first:
             for j in range(n):
                 terms = [f"r[{i * n + j}] * g{i}" for i in range(n)] if mixes else [f"g{j}"]

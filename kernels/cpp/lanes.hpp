@@ -94,6 +94,12 @@ template <typename T> INLINE void store(T* p, vec v, int count) {
 // How one step of `for_channels` reaches its channels: a whole vector, one whose results are
 // streamed, or the last few channels of a row.
 struct Whole {
+  // Also requests the same channels of the next token: rows are too short for the processor to
+  // see by itself where they go on.
+  template <typename T> MEMBER vec get_next(const T* p, long apart) const {
+    __builtin_prefetch(p + apart, 0, 2);
+    return load(p);
+  }
   template <typename T> INLINE vec get(const T* p) { return load(p); }
   template <typename T> INLINE void put(T* p, vec v) { store(p, v); }
   template <typename T> INLINE void put_far(T* p, vec v) { store(p, v); }
@@ -105,6 +111,7 @@ struct Streamed : Whole {
 
 struct Part {
   int count;
+  template <typename T> MEMBER vec get_next(const T* p, long) const { return load(p, count); }
   template <typename T> MEMBER vec get(const T* p) const { return load(p, count); }
   template <typename T> MEMBER void put(T* p, vec v) const { store(p, v, count); }
   template <typename T> MEMBER void put_far(T* p, vec v) const { store(p, v, count); }

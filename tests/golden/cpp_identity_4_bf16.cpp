@@ -35,11 +35,11 @@ INLINE void read_streams(const float* x, long padded, const float* w, stream_t* 
 // X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
 INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
   for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
-    const vec fc = at.get(f + c);
-    const vec x0 = at.get(x + 0 * channels + c);
-    const vec x1 = at.get(x + 1 * channels + c);
-    const vec x2 = at.get(x + 2 * channels + c);
-    const vec x3 = at.get(x + 3 * channels + c);
+    const vec fc = at.get_next(f + c, channels);
+    const vec x0 = at.get_next(x + 0 * channels + c, 4 * channels);
+    const vec x1 = at.get_next(x + 1 * channels + c, 4 * channels);
+    const vec x2 = at.get_next(x + 2 * channels + c, 4 * channels);
+    const vec x3 = at.get_next(x + 3 * channels + c, 4 * channels);
     at.put_far(y + 0 * channels + c, x0 + p[0] * fc);
     at.put_far(y + 1 * channels + c, x1 + p[1] * fc);
     at.put_far(y + 2 * channels + c, x2 + p[2] * fc);
@@ -51,11 +51,11 @@ INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, 
 // and f, whose sums over the channels are the gradients of H_res and H_post.
 INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
   for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
-    const vec fc = at.get(f + c);
-    const vec g0 = at.get(g + 0 * channels + c);
-    const vec g1 = at.get(g + 1 * channels + c);
-    const vec g2 = at.get(g + 2 * channels + c);
-    const vec g3 = at.get(g + 3 * channels + c);
+    const vec fc = at.get_next(f + c, channels);
+    const vec g0 = at.get_next(g + 0 * channels + c, 4 * channels);
+    const vec g1 = at.get_next(g + 1 * channels + c, 4 * channels);
+    const vec g2 = at.get_next(g + 2 * channels + c, 4 * channels);
+    const vec g3 = at.get_next(g + 3 * channels + c, 4 * channels);
     at.put_far(dx + 0 * channels + c, g0);
     at.put_far(dx + 1 * channels + c, g1);
     at.put_far(dx + 2 * channels + c, g2);

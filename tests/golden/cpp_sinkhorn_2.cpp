@@ -133,9 +133,9 @@ INLINE void read_streams(const float* x, long padded, const float* w, stream_t* 
 // X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
 INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
   for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
-    const vec fc = at.get(f + c);
-    const vec x0 = at.get(x + 0 * channels + c);
-    const vec x1 = at.get(x + 1 * channels + c);
+    const vec fc = at.get_next(f + c, channels);
+    const vec x0 = at.get_next(x + 0 * channels + c, 2 * channels);
+    const vec x1 = at.get_next(x + 1 * channels + c, 2 * channels);
     at.put_far(y + 0 * channels + c, r[0] * x0 + r[1] * x1 + p[0] * fc);
     at.put_far(y + 1 * channels + c, r[2] * x0 + r[3] * x1 + p[1] * fc);
   });
@@ -145,11 +145,11 @@ INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, 
 // and f, whose sums over the channels are the gradients of H_res and H_post.
 INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
   for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
-    const vec fc = at.get(f + c);
-    const vec g0 = at.get(g + 0 * channels + c);
-    const vec g1 = at.get(g + 1 * channels + c);
-    const vec x0 = at.get(x + 0 * channels + c);
-    const vec x1 = at.get(x + 1 * channels + c);
+    const vec fc = at.get_next(f + c, channels);
+    const vec g0 = at.get_next(g + 0 * channels + c, 2 * channels);
+    const vec g1 = at.get_next(g + 1 * channels + c, 2 * channels);
+    const vec x0 = at.get_next(x + 0 * channels + c, 2 * channels);
+    const vec x1 = at.get_next(x + 1 * channels + c, 2 * channels);
     at.put_far(dx + 0 * channels + c, r[0] * g0 + r[2] * g1);
     at.put_far(dx + 1 * channels + c, r[1] * g0 + r[3] * g1);
     at.put(df + c, p[0] * g0 + p[1] * g1);
