@@ -90,7 +90,6 @@ template <typename T> INLINE void store(T* p, vec v, int count) {
   std::memcpy(p, part, count * sizeof(T));
 }
 
-
 // How one step of `for_channels` reaches its channels: a whole vector, one whose results are
 // streamed, or the last few channels of a row.
 struct Whole {
