@@ -31,8 +31,9 @@ extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, 
       const int count = int(range.last - t < L ? range.last - t : L);
       const float* x =
           staged(X + t * N * channels, copy, N, channels, size.padded, count);
+      const long after = range.last < t + 2 * L ? range.last : t + 2 * L;
       Ahead ahead{(const char*)(X + (t + L) * N * channels),
-                  (const char*)(X + (range.last < t + 2 * L ? range.last : t + 2 * L) * N * channels)};
+                  (const char*)(X + after * N * channels)};
 
       vec z[M], inverse[S], h[M], pre[N], post[N], res[N * N];
       for (int s = 0; s < S; ++s) {

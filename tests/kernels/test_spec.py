@@ -97,3 +97,11 @@ def test_unknown_constraint_is_refused_with_the_known_ones() -> None:
 def test_constraints_refuse_streams_they_cannot_mix(name: str, streams: int, reason: str) -> None:
     with pytest.raises(KernelError, match=reason):
         constraint_of(SiteSpec(streams=streams, constraint=name))
+
+
+def test_the_choice_of_kernels_travels_with_the_specification() -> None:
+    spec = SiteSpec(streams=2, kernels="reference")
+    assert spec.encode() == "n=2 constraint=sinkhorn kernels=reference"
+    assert SiteSpec.decode(spec.encode()) == spec
+    with pytest.raises(KernelError, match="auto, cpp, reference"):
+        SiteSpec.decode("n=2 kernels=cuda")
