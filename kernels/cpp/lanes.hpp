@@ -134,8 +134,8 @@ template <typename T> INLINE bool far(const T* out, long tokens, long row) {
 INLINE vec splat(float x) { return vec{} + x; }
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 
-// e^x by e^x = 2^k e^r, |r| <= ln(2) / 2, and a Taylor polynomial; within 2 units in the last place.
-// Below -87 the result stays at the smallest normal numbers.
+// e^x = 2^k e^r with |r| <= ln(2) / 2 and a Taylor polynomial: within 2 units in the last place.
+// Below -87 the result stays at the smallest normal numbers; NaN stays NaN.
 INLINE vec exp(vec x) {
   x = x < -87.0f ? splat(-87.0f) : x;
   x = x > 88.0f ? splat(88.0f) : x;
@@ -148,7 +148,7 @@ INLINE vec exp(vec x) {
   p = p * r + (1.0f / 6);
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  return (vec)((ivec)p + ((ivec)shifted << 23));
+  return x == x ? (vec)((ivec)p + ((ivec)shifted << 23)) : x;
 }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp(-x)); }

@@ -175,6 +175,20 @@ def test_two_runs_give_bitwise_the_same(threads: int) -> None:
     _check(first, truth)
 
 
+@pytest.mark.parametrize(("name", "n"), [site for site in SITES if site[1] == 4])
+def test_a_nan_stays_visible_and_stays_with_its_token(name: str, n: int) -> None:
+    spec, tensors = _site(name, n, (20, 48))
+    clean = _run(spec, tensors, torch.float32, "cpp")
+    tensors[0][3, 1, 5] = torch.nan
+    found = _run(spec, tensors, torch.float32, "cpp")
+    plain = _run(spec, tensors, torch.float32, "reference")
+    others = torch.arange(20) != 3
+    for x in ("u", "next"):
+        assert torch.equal(found[x].isnan(), plain[x].isnan())
+        assert torch.equal(found[x][others], clean[x][others])
+    assert found["dphi"].isnan().any()
+
+
 def test_any_strides_are_read_right() -> None:
     spec, tensors = _site("sinkhorn", 4, (6, 48))
     straight = _run(spec, tensors, torch.float32, "cpp")
