@@ -132,7 +132,7 @@ class _Planner:
         """Add the site to the plan; the reason if that is not possible."""
         if site.form == "projection":
             # The skip runs once, on the collapsed streams, and new streams start from its result:
-            # projecting each stream would cost n times as much. The branch reads the collapsed value.
+            # to project each stream would cost n times as much. The branch reads the collapse.
             return self._enter(index, site, site.skip, frozenset())
         link, plan = self.residuals.links[index], self.plan
         new: dict[Node, int] = {}

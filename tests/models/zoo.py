@@ -8,8 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 Inputs = dict[str, Any]
 BATCH, SEQ, VOCAB = 2, 16, 99
 BUILDERS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {}
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(name: str) -> tuple[nn.Module, Inputs]:
@@ -33,23 +31,9 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
     return model.eval(), inputs
 
 
-@contextmanager
-def _without_checkout() -> Iterator[None]:
-    """Hide the checkout's folder ``kernels`` from libraries that look for a package so named."""
-    kept = list(sys.path)
-    sys.path[:] = [entry for entry in kept if Path(entry or ".").resolve() != _ROOT]
-    try:
-        yield
-    finally:
-        sys.path[:] = kept
-
-
 def transformers() -> ModuleType:
     """The transformers library."""
-    with _without_checkout():
-        module = importlib.import_module("transformers")
-        importlib.import_module("transformers.utils.import_utils").is_kernels_available()
-    return module
+    return importlib.import_module("transformers")
 
 
 def timm() -> ModuleType:
@@ -71,9 +55,7 @@ def timm() -> ModuleType:
 
 def diffusers() -> ModuleType:
     """The diffusers library."""
-    transformers()
-    with _without_checkout():
-        return importlib.import_module("diffusers")
+    return importlib.import_module("diffusers")
 
 
 def _tokens(length: int = SEQ) -> torch.Tensor:
