@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
-from torch._dynamo.source import AttrSource, DictGetItemSource, Source
+from torch._dynamo.source import AttrSource, DictGetItemSource
 from torch._dynamo.source import UnspecializedNNModuleSource as ModuleSource
 from torch._dynamo.source import UnspecializedParamBufferSource as ParameterSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
+from torch._guards import Source
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.errors import UnsupportedGraphError
@@ -49,12 +50,15 @@ class Frame:
             tx = None
         if tx is None:
             raise UnsupportedGraphError(
-                'the "mhc" backend works inside torch.compile only: call torch.compile(model, backend="mhc")'
+                'the "mhc" backend works inside torch.compile only: '
+                'call torch.compile(model, backend="mhc")'
             )
         if gm.graph is not tx.output.graph:
             raise UnsupportedGraphError(
-                "DistributedDataParallel cut the graph into pieces before the mhc backend saw it, so that no piece "
-                "holds a whole trunk: set torch._dynamo.config.optimize_ddp = False (or 'python_reducer') before "
+                "DistributedDataParallel cut the graph into pieces before the mhc backend saw "
+                "it, so that no piece "
+                "holds a whole trunk: set torch._dynamo.config.optimize_ddp = False (or "
+                "'python_reducer') before "
                 "the first call"
             )
         return cls(tx, gm)
@@ -94,9 +98,10 @@ class Frame:
         return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
     def lift(self, owner: nn.Module, path: Sequence[str], name: str) -> Node:
-        """A placeholder of the captured graph for parameter ``name`` of submodule ``path`` of ``owner``.
+        """A placeholder of the captured graph for a parameter below ``owner``.
 
-        Dynamo itself makes it, with its guards, as if the user's code had read the parameter; it then
+        Dynamo itself makes it, with its guards, as if the user's code had read the parameter; it
+        then
         passes the parameter on every call. Lifting one twice gives the same placeholder.
         """
         source, module = self._source_of(owner), owner
@@ -129,8 +134,10 @@ class Frame:
 
     def _evaluate(self, source: Source) -> Any:
         try:
-            return eval(source.name, {"L": self._tx.output.local_scope, "G": self._tx.output.global_scope})
-        except Exception:  # noqa: BLE001 - sources that are no plain expression name no module of ours
+            return eval(
+                source.name, {"L": self._tx.output.local_scope, "G": self._tx.output.global_scope}
+            )
+        except Exception:
             return None
 
     def _source_of(self, owner: nn.Module) -> Source:
@@ -142,23 +149,28 @@ class Frame:
             for path, module in ancestor.named_modules():
                 if module is owner:
                     for key in path.split("."):
-                        source = ModuleSource(DictGetItemSource(AttrSource(source, "_modules"), key))
+                        source = ModuleSource(
+                            DictGetItemSource(AttrSource(source, "_modules"), key)
+                        )
                     self._sources[id(owner)] = source
                     return source
-        raise UnsupportedGraphError(f"no variable of {self.where} leads to the {type(owner).__name__} that adds")
+        raise UnsupportedGraphError(
+            f"no variable of {self.where} leads to the {type(owner).__name__} that adds"
+        )
 
 
 def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     """A copy of a captured graph to rewrite, and where each node went.
 
-    Dynamo builds its calls from the given graph after the backend returned: that one must stay whole.
+    Dynamo builds its calls from the given graph after the backend returned: that one must stay
+    whole.
     """
     graph = Graph()
     where: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, where))
     for old, new in where.items():
         if old.op == "placeholder":
-            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+            new._dynamo_source = getattr(old, "_dynamo_source", None)
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -188,20 +200,25 @@ def compile_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None) -
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs, config_patches=list_mode_options(mode) if mode else None)  # type: ignore[no-any-return, arg-type]
+    patches = list_mode_options(mode) if mode else None
+    return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
     """AOTAutograd with its partitioner, and graphs that run operation by operation."""
-    from functorch.compile import min_cut_rematerialization_partition, nop
+    from torch._functorch.compilers import nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    return aot_autograd(fw_compiler=nop, partition_fn=min_cut_rematerialization_partition)(gm, inputs)  # type: ignore[no-any-return]
+    return aot_autograd(fw_compiler=nop, partition_fn=min_cut_rematerialization_partition)(
+        gm, inputs
+    )
 
 
 def passing_through(error: Exception) -> Exception:
     """``error`` as an exception that Dynamo hands to the user as it is.
 
-    Any other becomes a BackendCompilerFailed, which ``except UnsupportedGraphError`` does not catch.
+    Any other becomes a BackendCompilerFailed, which ``except UnsupportedGraphError`` does not
+    catch.
     """
     kind = type(error)
     cls = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
@@ -215,4 +232,4 @@ def reset_dynamo() -> None:
 
 def without_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` as something Dynamo neither traces nor guards on."""
-    return torch._dynamo.disable(function)  # type: ignore[no-any-return]
+    return torch._dynamo.disable(function)  # type: ignore[no-untyped-call, no-any-return]

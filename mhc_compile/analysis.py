@@ -29,7 +29,9 @@ class Analysis:
     """Calls of converted modules in this graph."""
 
 
-def analyse(gm: GraphModule, resolve: Resolve, refuse: Refuse, observe: Observer | None = None) -> Analysis:
+def analyse(
+    gm: GraphModule, resolve: Resolve, refuse: Refuse, observe: Observer | None = None
+) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
 
     Args:

@@ -63,7 +63,7 @@ def host_of(analysis: Analysis, planned: PlannedSite) -> nn.Module:
 
 
 def parameter_names(sites: MHCSites, record: SiteRecord) -> list[str]:
-    """Parameters of one site: bias, phi and alpha if dynamic, head_* at the end of a learned collapse."""
+    """Parameters of one site: bias, phi and alpha if dynamic, head_* for a learned collapse."""
     return [name for name, _ in sites[record.key].named_parameters(recurse=False)]
 
 
@@ -112,6 +112,6 @@ def _mirror(captured: GraphModule, copy: GraphModule, where: dict[Node, Node]) -
             with graph.inserting_after(previous):
                 new = graph.placeholder(node.name)
             new.meta = dict(node.meta)
-            new._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = node._dynamo_source
             where[node] = new
         previous = where[node]

@@ -1,4 +1,4 @@
-"""Where a trunk crosses the edge of its graph: extra inputs, extra outputs, and the carry between."""
+"""Where a trunk crosses the edge of its graph: extra inputs and outputs, and the carry between."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mhc_compile import carry
 from mhc_compile._torch_private import Compiled, fake_like, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
-from mhc_compile.match import record_start, sites_of
+from mhc_compile.match import record_start, site_named, sites_of
 from mhc_compile.passes.lanes import Lane
 from mhc_compile.passes.plan import Boundary
 from mhc_compile.passes.widen import Widening
@@ -31,7 +31,7 @@ class _Arrival:
     state: Node | None = None
 
     def take(self, visible: torch.Tensor) -> Any:
-        """The n-stream state for this call: what arrives with ``visible``, or fresh where a trunk may start."""
+        """The state for this call: what arrives with ``visible``, or fresh at a trunk's start."""
         found = carry.get(visible, self.boundary.dim)
         if self.record.starts is None:
             self.record = record_start(self.sites, self.record.key, starts=found is None)
@@ -39,9 +39,12 @@ class _Arrival:
             return found
         if not self.record.starts:
             raise UnsupportedGraphError(
-                f"the streams were lost before {self.record.key} ({self.record.source}): between the previous block "
-                "and this one something made a new tensor, wrote in place or detached (an eager operation, "
-                "detach(), a cast). Compile both blocks together, or move the operation into one of them"
+                f"the streams were lost before {self.record.key} ({self.record.source}): between "
+                "the previous block "
+                "and this one something made a new tensor, wrote in place or detached (an eager "
+                "operation, "
+                "detach(), a cast). Compile both blocks together, or move the operation into one "
+                "of them"
             )
         return torch.ops.mhc.expand(visible, self.streams, self.boundary.dim)
 
@@ -54,18 +57,24 @@ class Borders:
         self._departures: list[Boundary] = []
         self._visible = 0
         plan = analysis.plan
-        for trunk, arrival, departure in zip(plan.trunks, plan.arrivals, plan.departures, strict=True):
+        for trunk, arrival, departure in zip(
+            plan.trunks, plan.arrivals, plan.departures, strict=True
+        ):
             first, last = records[trunk[0].index], records[trunk[-1].index]
             host = analysis.hosted[trunk[0].index].host
             sites = sites_of(host) if host is not None else None
             assert sites is not None
-            if arrival is not None and first.starts is not True or first.follows and arrival is not None:
-                streams = sites[first.key].spec.streams
-                self._arrivals.append(_Arrival(arrival, first, sites, streams))  # type: ignore[arg-type]
+            if (arrival is not None and first.starts is not True) or (
+                first.follows and arrival is not None
+            ):
+                streams = site_named(sites, first.key).spec.streams
+                self._arrivals.append(_Arrival(arrival, first, sites, streams))
             elif first.starts is False:
                 raise UnsupportedGraphError(
-                    f"{first.key} ({first.source}) continues a trunk, and in this graph nothing leads to the site "
-                    "before it: a graph break cuts the trunk there (TORCH_LOGS=graph_breaks shows it)"
+                    f"{first.key} ({first.source}) continues a trunk, and in this graph nothing "
+                    "leads to the site "
+                    "before it: a graph break cuts the trunk there (TORCH_LOGS=graph_breaks "
+                    "shows it)"
                 )
             if departure is not None and last.continues:
                 self._departures.append(departure)
@@ -77,17 +86,17 @@ class Borders:
             last = [node for node in graph.nodes if node.op == "placeholder"][-1]
             with graph.inserting_after(last):
                 state = graph.placeholder(f"mhc_state_{number}")
-            state._dynamo_source = None  # type: ignore[attr-defined]
+            state._dynamo_source = None
             arrival.state = state
             lanes[arrival.boundary.value] = Lane(state, arrival.boundary.dim, arrival.streams)
         return lanes
 
     def is_state(self, placeholder: Node) -> bool:
-        """Whether an input of the rewritten graph is an arriving state, which Dynamo knows nothing of."""
+        """Whether an input of the rewritten graph is an arriving state, unknown to Dynamo."""
         return any(arrival.state is placeholder for arrival in self._arrivals)
 
     def example(self, placeholder: Node) -> torch.Tensor:
-        """A fake example for an arriving state, with the symbolic sizes of the tensor it comes with."""
+        """A fake example for an arriving state, with the symbolic sizes of its tensor."""
         arrival = next(arrival for arrival in self._arrivals if arrival.state is placeholder)
         visible, dim = arrival.boundary.value.meta["example_value"], arrival.boundary.dim
         return fake_like(visible, (*visible.shape[:dim], arrival.streams, *visible.shape[dim:]))

@@ -86,7 +86,9 @@ class _Collector:
         copy, _ = copy_captured(gm)
         number = len(self.capture.graphs)
         observe = functools.partial(self.observe, number) if self.observe is not None else None
-        analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), self._refuse_in(frame), observe)
+        analysis = analyse(
+            copy, resolve_by_id(frame.modules, frame.root), self._refuse_in(frame), observe
+        )
         self.capture.graphs.append(analysis)
         self.capture.runs.append(0)
         pieces = [TrunkPiece(number, trunk) for trunk in range(len(analysis.plan.trunks))]
@@ -131,7 +133,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    compiled = {
+        m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None
+    }
     for module in compiled:
         module._compiled_call_impl = None
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}

@@ -3,7 +3,8 @@
 Compiled block by block, or cut by a graph break, a trunk crosses the boundary as one plain tensor.
 The state travels with it: it hangs on the Python object of that tensor's storage, which every alias
 shares and which lives as long as the storage does. It is taken only by a tensor that shows the same
-values and the same gradient path; anything else (a copy, a ``detach``, an in-place write) is a miss.
+values and the same gradient path; anything else (a copy, a ``detach``, an in-place write) is a
+miss.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class _Tie(torch.autograd.Function):
         return state.view_as(state)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape, dtype, device = ctx.like
         return grad, torch.zeros((), dtype=dtype, device=device).expand(shape)
 
@@ -58,13 +59,18 @@ def put(visible: torch.Tensor, state: Any, dim: int) -> None:
 
 
 def get(visible: torch.Tensor, dim: int) -> Any:
-    """The state that travels with ``visible``; None where there is none, or it is not its own any more."""
+    """The state that travels with ``visible``; None where there is none, or it is stale."""
     cell = getattr(visible.untyped_storage(), "_mhc", None)
-    if cell is None or (cell.version, cell.geometry, cell.dim) != (_version(visible), _geometry(visible), dim):
+    if cell is None or (cell.version, cell.geometry, cell.dim) != (
+        _version(visible),
+        _geometry(visible),
+        dim,
+    ):
         return None
     if not torch.is_grad_enabled():
         return cell.state
-    # Only identity nodes may lie between the two, or X would bypass what the user did to the gradient.
+    # Only identity nodes may lie between the two, or X would bypass what the user did to the
+    # gradient.
     node, number = visible.grad_fn, visible.output_nr
     while node is not cell.grad_fn and node is not None and node.name() in _IDENTITY:
         node, number = [edge for edge in node.next_functions if edge[0] is not None][number]

@@ -62,11 +62,15 @@ class MHCConfig:
         for name, kind in _CHOICES.items():
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
-                raise ConfigError(f"{name}={value!r} is not allowed: use one of {', '.join(allowed)}")
+                raise ConfigError(
+                    f"{name}={value!r} is not allowed: use one of {', '.join(allowed)}"
+                )
         for name in ("include", "exclude"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(p, str) for p in value):
-                raise ConfigError(f"{name}={value!r} is not allowed: give a tuple of shell patterns")
+                raise ConfigError(
+                    f"{name}={value!r} is not allowed: give a tuple of shell patterns"
+                )
             object.__setattr__(self, name, tuple(value))
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(
@@ -103,7 +107,9 @@ class MHCConfig:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options or ()) - set(known))
         if unknown:
-            raise ConfigError(f"unknown option {', '.join(unknown)}: the mhc backend knows {', '.join(known)}")
+            raise ConfigError(
+                f"unknown option {', '.join(unknown)}: the mhc backend knows {', '.join(known)}"
+            )
         return cls(**(options or {}))
 
 

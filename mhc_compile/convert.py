@@ -1,5 +1,6 @@
 """Put hyper-connection parameters on a model, and take them off again."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -41,7 +42,9 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     return build_report(model, capture, config, site_uses(capture), converted=False)
 
 
-def convert_(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any) -> Report:
+def convert_(
+    model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any
+) -> Report:
     """Widen a model's residual trunks to n streams, in place: adds parameters, changes no output.
 
     Runs the model once on the example inputs to find its sites, then registers one `MHCSite` a site
@@ -75,10 +78,13 @@ def convert_observed(
     already = next((sites for m in model.modules() if (sites := sites_of(m)) is not None), None)
     if already is not None and already.config != asdict(config):
         raise ConfigError(
-            f"the model is converted already, with {already.config}: mhc_compile.revert_(model) takes that off"
+            f"the model is converted already, with {already.config}: mhc_compile.revert_(model) "
+            "takes that off"
         )
     names = _names(model)
-    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names), observe)
+    capture = capture_model(
+        model, args, kwargs, lambda hosted: _filter(hosted, config, names), observe
+    )
     uses = site_uses(capture)
     if already is None:
         attach_(uses, config)
@@ -103,7 +109,12 @@ def revert_(model: nn.Module) -> None:
 
 def mhc_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of everything conversion added, for optimizer groups."""
-    ours = {id(p) for m in model.modules() if isinstance(m, MHCSite) for p in m.parameters(recurse=False)}
+    ours = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, MHCSite)
+        for p in m.parameters(recurse=False)
+    }
     for name, parameter in model.named_parameters():
         if id(parameter) in ours:
             yield name, parameter
@@ -153,7 +164,10 @@ def _build(entry: _Owned, config: MHCConfig) -> MHCSites:
     """The sites of one host, from all its calls."""
     host, records = entry.host, _records(entry)
     if any(record.converted for record in records) and hasattr(host, "mhc"):
-        raise UnsupportedGraphError(f"{type(host).__name__} has an attribute 'mhc' of its own, where the parameters would go")
+        raise UnsupportedGraphError(
+            f"{type(host).__name__} has an attribute 'mhc' of its own, where the parameters would "
+            "go"
+        )
     modules: dict[str, MHCSite] = {}
     for record in records:
         if not record.converted:
@@ -172,8 +186,10 @@ def _records(entry: _Owned) -> tuple[SiteRecord, ...]:
     for key, uses in by_key.items():
         if len({use.planned is not None for use in uses}) > 1:
             raise UnsupportedGraphError(
-                f"the add at {uses[0].hosted.source} is a site in one call of {type(entry.host).__name__} and not in "
-                f"another ({next(u.reason for u in uses if u.planned is None)}): exclude it, or its module"
+                f"the add at {uses[0].hosted.source} is a site in one call of "
+                f"{type(entry.host).__name__} and not in "
+                f"another ({next(u.reason for u in uses if u.planned is None)}): exclude it, or "
+                "its module"
             )
         records.append(
             SiteRecord(
@@ -204,9 +220,7 @@ def new_site(use: SiteUse, record: SiteRecord, config: MHCConfig, device: torch.
 
 
 def _device(host: nn.Module) -> torch.device:
-    tensor = next(iter(host.parameters()), None)
-    if tensor is None:
-        tensor = next(iter(host.buffers()), None)
+    tensor = next(itertools.chain(host.parameters(), host.buffers()), None)
     return tensor.device if tensor is not None else torch.get_default_device()
 
 
@@ -214,7 +228,9 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(module): name for name, module in model.named_modules()}
 
 
-def _filter(hosted: Sequence[HostedSite], config: MHCConfig, names: Mapping[int, str]) -> dict[int, str]:
+def _filter(
+    hosted: Sequence[HostedSite], config: MHCConfig, names: Mapping[int, str]
+) -> dict[int, str]:
     refused = {}
     for site in hosted:
         name = f"{names.get(id(site.host), '')}.{site.key}".lstrip(".")

@@ -6,7 +6,6 @@ the wrong model. Each owner of sites therefore gets a generated subclass whose `
 where it runs, and leaves a marker in every graph it is traced into.
 """
 
-import functools
 import types
 import warnings
 from typing import Any, Literal
@@ -19,8 +18,8 @@ from mhc_compile.errors import MHCWarning, NotCompiledError
 Policy = Literal["raise", "warn", "ignore"]
 _POLICIES: tuple[Policy, ...] = ("raise", "warn", "ignore")
 
-_library = torch.library.Library("mhc_compile", "DEF")
-_library.define("owner_call(Tensor anchor, int policy) -> ()")
+_library = torch.library.Library("mhc_compile", "DEF")  # type: ignore[no-untyped-call]
+_library.define("owner_call(Tensor anchor, int policy) -> ()")  # type: ignore[no-untyped-call]
 
 
 def _run_marker(anchor: torch.Tensor, policy: int) -> None:
@@ -28,7 +27,9 @@ def _run_marker(anchor: torch.Tensor, policy: int) -> None:
     _report(_POLICIES[policy], "was compiled by another backend")
 
 
-_library.impl("owner_call", _run_marker, "CompositeExplicitAutograd")
+_library.impl(  # type: ignore[no-untyped-call]
+    "owner_call", _run_marker, "CompositeExplicitAutograd"
+)
 torch.library.register_fake("mhc_compile::owner_call", lambda anchor, policy: None, lib=_library)
 
 MARKER = torch.ops.mhc_compile.owner_call.default
@@ -37,10 +38,11 @@ torch.fx.has_side_effect(MARKER)
 
 def _report(policy: Policy, what: str) -> None:
     message = (
-        f"a model converted to hyper-connections {what}, which computes the plain residual network. "
-        'Call torch.compile(model, backend="mhc"), use mhc_compile.rewrite(model, ...), or take the parameters '
-        'off with mhc_compile.revert_(model). If Dynamo gave up (graph break, recompile limit), run with '
-        'TORCH_LOGS="recompiles,graph_breaks". MHCConfig(on_eager="warn") or "ignore" allows it'
+        f"a model converted to hyper-connections {what}, which computes the plain residual "
+        'network. Call torch.compile(model, backend="mhc"), use mhc_compile.rewrite(model, ...), '
+        "or take the parameters off with mhc_compile.revert_(model). If Dynamo gave up (graph "
+        'break, recompile limit), run with TORCH_LOGS="recompiles,graph_breaks". '
+        'MHCConfig(on_eager="warn") or "ignore" allows it'
     )
     if policy == "raise":
         raise NotCompiledError(message)
@@ -67,9 +69,13 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def checked_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base`` that checks its calls; one per base, same name, same signature."""
+    if base in _classes:
+        return _classes[base]
     # A function of its own per class: Dynamo keys its caches and limits by code object.
     forward = types.FunctionType(_forward.__code__.replace(co_name="forward"), globals(), "forward")
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]
@@ -80,7 +86,8 @@ def checked_class(base: type[nn.Module]) -> type[nn.Module]:
          "__doc__": base.__doc__, "__reduce_ex__": _reduce},
     )  # fmt: skip
     cls._mhc_class = cls
-    return cls  # type: ignore[no-any-return]
+    _classes[base] = cls
+    return _classes[base]
 
 
 def refusal(module: nn.Module) -> str | None:

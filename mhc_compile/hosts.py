@@ -14,7 +14,7 @@ from torch.fx import Graph
 
 from mhc_compile.guard import MARKER, refusal
 from mhc_compile.passes.owners import ModuleCall, module_calls
-from mhc_compile.passes.residuals import Residuals
+from mhc_compile.passes.sites import Residuals
 from mhc_compile.passes.values import source_line
 
 Resolve = Callable[[ModuleCall], nn.Module | None]
@@ -36,7 +36,7 @@ class HostedSite:
 
 
 def _host(calls: tuple[ModuleCall, ...], resolve: Resolve) -> tuple[nn.Module | None, str, str]:
-    """(host, its call, reason if there is none) for the innermost of ``calls`` that can keep sites."""
+    """(host, its call, reason if there is none): the innermost of ``calls`` that can keep sites."""
     reason = "the add happens in a plain function: put it into the forward of a module"
     for number, call in enumerate(reversed(calls)):
         module = resolve(call)
@@ -95,4 +95,3 @@ def resolve_by_path(model: nn.Module) -> Resolve:
     """Resolve the calls of an exported graph."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return lambda call: modules.get(call.module)
-

@@ -24,7 +24,7 @@ _CAPTURED = frozenset({"before", *(name for name, _ in canonical_passes())})
 def trace_stages(
     model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any
 ) -> tuple[Report, list[Stage]]:
-    """Convert ``model``, record its graphs before and after each pass, and take the parameters off again.
+    """Convert ``model``, record its graphs before and after each pass, and convert it back.
 
     Args:
         model: any module; a converted one stays converted.

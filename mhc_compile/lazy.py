@@ -1,4 +1,4 @@
-"""Convert a model on its first call, for those who only write ``torch.compile(model, backend="mhc")``."""
+"""Convert a model on its first call, for those who only write ``torch.compile``."""
 
 import warnings
 
@@ -29,15 +29,18 @@ def convert_now(analysis: Analysis, frame: Frame, config: MHCConfig) -> dict[int
         return {}
     if config.collapse == "learned" and any(analysis.plan.departures):
         raise ConfigError(
-            "collapse='learned' belongs to the last site of a trunk, and this graph does not show whether its trunk "
+            "collapse='learned' belongs to the last site of a trunk, and this graph does not "
+            "show whether its trunk "
             "ends: convert with mhc_compile.convert_(model, ...) before compiling"
         )
     attach_(first_uses(analysis), config)
     model = type(frame.root).__name__ if frame.root is not None else frame.where
     warnings.warn(
         f"{model} was converted to {config.streams} residual streams on its first call: "
-        f"{len(analysis.plan.sites)} sites in {len(analysis.plan.trunks)} trunks. An optimizer, DDP or FSDP wrapper made "
-        "before this call does not know the new parameters: call mhc_compile.convert_(model, ...) first",
+        f"{len(analysis.plan.sites)} sites in {len(analysis.plan.trunks)} trunks. An optimizer, "
+        "DDP or FSDP wrapper made "
+        "before this call does not know the new parameters: call mhc_compile.convert_(model, "
+        "...) first",
         MHCWarning,
         stacklevel=2,
     )

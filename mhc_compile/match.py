@@ -16,7 +16,7 @@ from mhc_compile.analysis import Analysis, filtered
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.hosts import HostedSite
-from mhc_compile.site import MHCSites, SiteRecord
+from mhc_compile.site import MHCSite, MHCSites, SiteRecord
 
 SEEN = "_mhc_seen"
 """Attribute of every module whose adds conversion looked at, converted or not."""
@@ -28,8 +28,15 @@ def sites_of(module: nn.Module) -> MHCSites | None:
     return found if isinstance(found, MHCSites) else None
 
 
+def site_named(sites: MHCSites, key: str) -> MHCSite:
+    """One site of a host."""
+    site = sites[key]
+    assert isinstance(site, MHCSite)
+    return site
+
+
 def record_start(sites: MHCSites, key: str, *, starts: bool) -> SiteRecord:
-    """Note what the first call of a lazily converted site showed: whether its trunk starts there."""
+    """Note what the first call of a lazily converted site showed: does its trunk start there."""
     records = list(sites.records)
     number = next(i for i, record in enumerate(records) if record.key == key)
     records[number] = replace(records[number], starts=starts, follows=not starts)
@@ -37,7 +44,9 @@ def record_start(sites: MHCSites, key: str, *, starts: bool) -> SiteRecord:
     return records[number]
 
 
-def new_records(analysis: Analysis, sites_of: Callable[[nn.Module], MHCSites | None]) -> dict[int, SiteRecord]:
+def new_records(
+    analysis: Analysis, sites_of: Callable[[nn.Module], MHCSites | None]
+) -> dict[int, SiteRecord]:
     """The records of the planned sites of a graph that was converted just now, by site index."""
     records = {}
     for planned in analysis.plan.sites:
@@ -101,8 +110,10 @@ class Matches:
     def _refuse_new(self, hosted: Sequence[HostedSite]) -> dict[int, str]:
         if self._scope.is_partial and any(site.call == "" for site in hosted):
             raise UnsupportedGraphError(
-                f"a graph break splits {self._scope.where}, which adds residuals: its streams cannot be followed on a "
-                "first call. Remove the break (TORCH_LOGS=graph_breaks shows it), or call mhc_compile.convert_ first, "
+                f"a graph break splits {self._scope.where}, which adds residuals: its streams "
+                "cannot be followed on a "
+                "first call. Remove the break (TORCH_LOGS=graph_breaks shows it), or call "
+                "mhc_compile.convert_ first, "
                 "which leaves such sites as they are and says so"
             )
         names = self._scope.names
@@ -130,21 +141,26 @@ class Matches:
                 found[key].add(self.records[site.index].key)
                 reason = analysis.plan.left.get(site.index)
                 if reason is not None:
-                    raise UnsupportedGraphError(f"the converted site at {site.source} cannot be rewritten here: {reason}")
+                    raise UnsupportedGraphError(
+                        f"the converted site at {site.source} cannot be rewritten here: {reason}"
+                    )
         for key, host in hosts.items():
             known = sites_of(host)
             expected = {r.key for r in known.records if r.converted} if known is not None else set()
             if expected == found[key] and key in analysis.markers:
                 continue
             missing = ", ".join(
-                f"{r.key} ({r.source})" for r in (known.records if known else ()) if r.key in expected - found[key]
+                f"{r.key} ({r.source})"
+                for r in (known.records if known else ())
+                if r.key in expected - found[key]
             )
             raise UnsupportedGraphError(
-                f"the graph of {self._scope.where} does not hold a whole call of the converted {type(host).__name__}: "
-                + (f"its sites {missing} are not there" if missing else "its sites are there, its call is not")
-                + ". A graph break inside its forward cuts the trunk (TORCH_LOGS=graph_breaks shows it), or only a "
-                "part of a site was compiled. Compile the module that holds both sides of the add, remove the break, "
-                f"or convert with exclude=(...) for these sites"
+                f"the graph of {self._scope.where} does not hold a whole call of the converted "
+                f"{type(host).__name__}: "
+                + (f"its sites {missing} are" if missing else "its sites are there, its call is")
+                + " not. A graph break inside its forward cuts the trunk (TORCH_LOGS=graph_breaks "
+                "shows it), or only a part of a site was compiled. Compile the module that holds "
+                "both sides of the add, remove the break, or convert with exclude=(...) for these"
             )
 
 
@@ -156,18 +172,24 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
     """
     mine = asdict(config)
     hosts = (site.host for site in analysis.hosted)
-    converted = next((known.config for host in hosts if host is not None and (known := sites_of(host))), None)
-    for name in sorted(given - {"inner", "on_eager"}) if converted is not None else ():
+    known = (sites_of(host) for host in hosts if host is not None)
+    converted = next((sites.config for sites in known if sites is not None), None)
+    if converted is None:
+        return
+    for name in sorted(given - {"inner", "on_eager"}):
         if mine[name] != converted[name]:
             raise ConfigError(
-                f"{name}={mine[name]!r} contradicts the conversion of this model, which had {name}={converted[name]!r}: "
+                f"{name}={mine[name]!r} contradicts the conversion of this model, which had "
+                f"{name}={converted[name]!r}: "
                 "leave the option out, or mhc_compile.revert_(model) and convert again"
             )
 
 
 def _align(sites: Sequence[HostedSite], records: Sequence[SiteRecord]) -> dict[int, SiteRecord]:
     """Site index -> its record: by number where all agree, else by source line in order."""
-    if len(sites) == len(records) and all(s.source == r.source for s, r in zip(sites, records, strict=True)):
+    if len(sites) == len(records) and all(
+        s.source == r.source for s, r in zip(sites, records, strict=True)
+    ):
         return {site.index: record for site, record in zip(sites, records, strict=True)}
     aligned: dict[int, SiteRecord] = {}
     remaining = list(records)

@@ -22,7 +22,12 @@ from mhc_compile.uses import SiteUse
 
 
 def build_report(
-    model: nn.Module, capture: Capture, config: MHCConfig, uses: Sequence[SiteUse], *, converted: bool
+    model: nn.Module,
+    capture: Capture,
+    config: MHCConfig,
+    uses: Sequence[SiteUse],
+    *,
+    converted: bool,
 ) -> Report:
     """The report of a capture and the uses of its sites."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -80,7 +85,9 @@ def _trunks(capture: Capture, uses: Sequence[SiteUse], names: dict[int, str]) ->
             width=_planned(group[0]).width,
             entry=_entry(group[0]),
             readers=sum(_readers(capture, use) for use in group),
-            on_trunk=tuple(dict.fromkeys(op_name(n) for use in group for n in _planned(use).region)),
+            on_trunk=tuple(
+                dict.fromkeys(op_name(n) for use in group for n in _planned(use).region)
+            ),
         )
         for index, group in sorted(members.items())
     )
@@ -102,12 +109,18 @@ def _readers(capture: Capture, use: SiteUse) -> int:
     """How many operations outside branches and trunk read the trunk at this site."""
     planned = _planned(use)
     plan = capture.graphs[use.graph].plan
-    inner = {node for p in plan.sites for node in (p.site.root, *p.site.inner, *p.site.skip_path, *p.region)}
+    inner = {
+        node
+        for p in plan.sites
+        for node in (p.site.root, *p.site.inner, *p.site.skip_path, *p.region)
+    }
     count = 0
     for value in (planned.site.root, *planned.region):
         branches = [p.branch for p in plan.sites if p.site.origin is value]
         count += sum(
-            1 for user in value.users if user not in inner and not any(user in branch for branch in branches)
+            1
+            for user in value.users
+            if user not in inner and not any(user in branch for branch in branches)
         )
     return count
 
@@ -139,14 +152,16 @@ def _notes(capture: Capture) -> tuple[str, ...]:
     notes = []
     if len(capture.graphs) > 1:
         notes.append(
-            f"the model was captured as {len(capture.graphs)} graphs; trunks are carried from one to the next "
+            f"the model was captured as {len(capture.graphs)} graphs; trunks are carried from one "
+            "to the next "
             "(TORCH_LOGS=graph_breaks shows where it breaks)"
         )
     for number, (runs, analysis) in enumerate(zip(capture.runs, capture.graphs, strict=True)):
         if runs > 1 and analysis.residuals.sites:
             source = source_line(analysis.residuals.sites[0].root)
             notes.append(
-                f"graph {number} (sites from {source}) ran {runs} times for several modules; only the first of them "
+                f"graph {number} (sites from {source}) ran {runs} times for several modules; only "
+                "the first of them "
                 "was seen, the others stay as they are"
             )
     return tuple(notes)

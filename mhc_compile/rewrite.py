@@ -28,10 +28,11 @@ def rewrite(
     observe: Observer | None = None,
     **kwargs: Any,
 ) -> GraphModule:
-    """Export a model and widen the result: a module of its own, for eager, any backend or torch.export.
+    """Export a model and widen the result: a module of its own, for eager or any backend.
 
     A converted model lends its parameters: both then compute the same and train the same tensors. A
-    plain one stays as it is, and the result gets fresh parameters. Names in ``state_dict`` are those
+    plain one stays as it is, and the result gets fresh parameters. Names in ``state_dict`` are
+    those
     of the converted model.
 
     Args:
@@ -60,7 +61,9 @@ def rewrite(
         matches.check(analysis)
         built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}
     attributes = _Attributes(exported, scope.names, built)
-    widening = bind(analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {})
+    widening = bind(
+        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}
+    )
     run_passes(exported, (), rewrite_passes(widening), observe)
     return exported
 
@@ -69,7 +72,9 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> GraphModule:
     try:
-        program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+        program = torch.export.export(
+            model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
+        )
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UnsupportedGraphError(
@@ -102,7 +107,7 @@ class _Attributes:
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def node_of(self, host: nn.Module, key: str, name: str) -> Node:
-        """A ``get_attr`` for parameter ``name`` of site ``key``; registers the sites of ``host`` first."""
+        """A ``get_attr`` for a parameter of site ``key``; registers the sites of ``host`` first."""
         prefix = f"{self.names[id(host)]}.mhc".lstrip(".")
         target = f"{prefix}.{key}.{name}"
         if target not in self.nodes:

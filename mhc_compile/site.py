@@ -21,7 +21,7 @@ class SiteRecord:
     """``file.py:123``: tells the site again after a graph break or in another mode."""
     converted: bool
     starts: bool | None = None
-    """Whether some use of the site starts a trunk; None until the first call decides (lazy conversion)."""
+    """Whether some use starts a trunk; None until the first call decides (lazy conversion)."""
     follows: bool = False
     """Whether some use follows another site."""
     continues: bool = True
@@ -45,7 +45,11 @@ class MHCSite(nn.Module):
     bias: nn.Parameter
 
     def __init__(
-        self, spec: SiteSpec, width: int, tensors: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor]
+        self,
+        spec: SiteSpec,
+        width: int,
+        tensors: Mapping[str, torch.Tensor],
+        head: Mapping[str, torch.Tensor],
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -68,9 +72,14 @@ class MHCSite(nn.Module):
 
 
 class MHCSites(nn.ModuleDict):
-    """``owner.mhc``: the sites of one owner by key, with the record conversion made of all its adds."""
+    """``owner.mhc``: the sites of one owner by key, and what conversion recorded of its adds."""
 
-    def __init__(self, sites: Mapping[str, MHCSite], records: tuple[SiteRecord, ...], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, MHCSite],
+        records: tuple[SiteRecord, ...],
+        config: Mapping[str, Any],
+    ) -> None:
         super().__init__(dict(sites))
         self.records = records
         self.config = dict(config)

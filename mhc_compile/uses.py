@@ -1,6 +1,7 @@
 """Each use of each site over all graphs of a model, with its place in its trunk.
 
-A trunk may run through several graphs (graph breaks, blocks compiled one by one); a site may be used
+A trunk may run through several graphs (graph breaks, blocks compiled one by one); a site may be
+used
 several times (shared layers).
 """
 
@@ -11,7 +12,7 @@ from mhc_compile.analysis import Analysis
 from mhc_compile.capture import Capture, TrunkPiece
 from mhc_compile.hosts import HostedSite
 from mhc_compile.passes.plan import PlannedSite
-from mhc_compile.passes.residuals import ResidualSite
+from mhc_compile.passes.sites import ResidualSite
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,9 @@ def first_uses(analysis: Analysis) -> list[SiteUse]:
         if starts and plan.arrivals[planned.trunk] is not None:
             starts = None
         continues = not last or plan.departures[planned.trunk] is not None
-        uses.append(SiteUse(0, site, hosted, planned, "", planned.trunk, planned.step, starts, continues))
+        uses.append(
+            SiteUse(0, site, hosted, planned, "", planned.trunk, planned.step, starts, continues)
+        )
     return uses
 
 
@@ -92,7 +95,9 @@ def _number_trunks(
     """(piece -> trunk of the model, piece -> number of sites before it in that trunk)."""
     trunks: dict[tuple[int, int], int] = {}
     offsets: dict[tuple[int, int], int] = {}
-    for piece in pieces:  # graphs come in the order they ran first, so a predecessor is numbered already
+    for (
+        piece
+    ) in pieces:  # graphs come in the order they ran first, so a predecessor is numbered already
         key = (piece.graph, piece.trunk)
         before = piece.previous
         if before is None or (before.graph, before.trunk) not in trunks:

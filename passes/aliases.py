@@ -1,6 +1,6 @@
-"""Which nodes of a graph share storage, and which in-place writes could be seen through another name.
+"""Which nodes of a graph share storage, and who could see an in-place write.
 
-    y = x.view(...); x += f        # y sees the write: x + f is not the same program
+y = x.view(...); x += f        # y sees the write: x + f is not the same program
 """
 
 from collections import defaultdict
@@ -11,11 +11,16 @@ from mhc_compile.passes.opnames import is_in_place, op_name
 
 # Operations whose result may share storage with their first argument.
 _VIEWS = frozenset({
-    "alias", "as_strided", "broadcast_to", "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as",
-    "flatten", "float", "double", "half", "bfloat16", "getattr", "getitem", "hsplit", "identity", "imag",
-    "movedim", "moveaxis", "narrow", "numpy_T", "permute", "ravel", "real", "reshape", "reshape_as", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "t", "tensor_split", "to", "transpose", "type",
-    "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "unsafe_chunk", "unsafe_split", "view", "view_as",
+    "alias", "as_strided", "broadcast_to", "chunk", "contiguous", "detach", "diagonal", "expand",
+    "expand_as",
+    "flatten", "float", "double", "half", "bfloat16", "getattr", "getitem", "hsplit", "identity",
+    "imag",
+    "movedim", "moveaxis", "narrow", "numpy_T", "permute", "ravel", "real", "reshape", "reshape_as",
+    "select",
+    "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "t", "tensor_split", "to",
+    "transpose", "type",
+    "type_as", "unbind", "unflatten", "unfold", "unsqueeze", "unsafe_chunk", "unsafe_split", "view",
+    "view_as",
     "view_as_complex", "view_as_real", "vsplit", "dsplit", "dropout", "_to_copy",
 })  # fmt: skip
 

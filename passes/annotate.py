@@ -13,7 +13,9 @@ from mhc_compile.passes.values import value_of
 
 def annotate_values(gm: GraphModule) -> None:
     """Compute the missing example values of ``gm`` on fake tensors; nothing else of it changes."""
-    mode = next((v.fake_mode for n in gm.graph.nodes if hasattr(v := value_of(n), "fake_mode")), None)
+    mode = next(
+        (v.fake_mode for n in gm.graph.nodes if hasattr(v := value_of(n), "fake_mode")), None
+    )
     if mode is None:
         return
     key = "val" if any("val" in node.meta for node in gm.graph.nodes) else "example_value"
@@ -40,4 +42,6 @@ def _into(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as a fake of ``mode``: Dynamo changes its mode between capture and backend."""
     if isinstance(tensor, FakeTensor) and tensor.fake_mode is mode:
         return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )

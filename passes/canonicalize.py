@@ -31,7 +31,8 @@ _FUNCTIONAL: dict[str, Callable[..., Any]] = {
 }
 # Out of place these take the same arguments and mean the same; ``bernoulli_(p)`` would not.
 _SAME_WITHOUT_UNDERSCORE = frozenset({
-    "add", "celu", "clamp", "div", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "mul",
+    "add", "celu", "clamp", "div", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "mish", "mul",
     "neg", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "sub", "tanh", "threshold",
 })  # fmt: skip
 
@@ -52,7 +53,11 @@ def _inline_checkpoints(gm: GraphModule) -> bool:
     """Replace each ``tag_activation_checkpoint`` call by its body, nested ones included."""
     inlined = 0
     while True:
-        calls = [node for node in gm.graph.nodes if node.target is _CHECKPOINT and _is_plain_checkpoint(node)]
+        calls = [
+            node
+            for node in gm.graph.nodes
+            if node.target is _CHECKPOINT and _is_plain_checkpoint(node)
+        ]
         if not calls:
             return inlined > 0
         for call in calls:
@@ -97,7 +102,7 @@ def _inline_checkpoint(gm: GraphModule, call: Node, number: int) -> None:
 
 
 def _adopt(gm: GraphModule, body: GraphModule, name: str) -> str:
-    """Make attribute ``name`` of a checkpoint body (a nested body) an attribute of the graph itself."""
+    """Make attribute ``name`` of a checkpoint body (a nested body) one of the graph itself."""
     value = getattr(body, name)
     if getattr(gm, name, None) is value:
         return name
@@ -116,7 +121,11 @@ def _split_scaled_adds(graph: Graph) -> bool:
         alpha = node.kwargs.get("alpha", 1)
         if op_name(node) != "add" or alpha == 1 or len(node.args) < 2:
             continue
-        mul = torch.ops.aten.mul.Tensor if isinstance(node.target, torch._ops.OpOverload) else operator.mul
+        mul = (
+            torch.ops.aten.mul.Tensor
+            if isinstance(node.target, torch._ops.OpOverload)
+            else operator.mul
+        )
         with graph.inserting_before(node):
             scaled = graph.call_function(mul, (node.args[1], alpha))
         scaled.meta = _plain_meta(node)
@@ -132,12 +141,18 @@ def _split_scaled_adds(graph: Graph) -> bool:
 
 
 def _plain_meta(node: Node) -> dict[str, Any]:
-    return {key: value for key, value in node.meta.items() if key not in ("example_value", "val", "tensor_meta")}
+    return {
+        key: value
+        for key, value in node.meta.items()
+        if key not in ("example_value", "val", "tensor_meta")
+    }
 
 
 def _functionalize(graph: Graph) -> bool:
     """Replace in-place float operations whose effect only their own result shows."""
-    writes = [node for node in graph.nodes if is_in_place(node) and _functional_form(node) is not None]
+    writes = [
+        node for node in graph.nodes if is_in_place(node) and _functional_form(node) is not None
+    ]
     if not writes:
         return False
     aliases = AliasIndex(graph)

@@ -1,8 +1,10 @@
 """How one operation of the trunk acts on an n-stream state.
 
 Between two sites a trunk may hold operations: a norm (post-norm models), an activation (ResNets), a
-scale, a cast, a view. ``lane(op)(X)[i] = op(X[i])`` for every stream i, so equal streams stay equal.
-The state of a value of shape s with channel axis ``dim`` has shape ``s[:dim] + (n,) + s[dim:]``: the
+scale, a cast, a view. ``lane(op)(X)[i] = op(X[i])`` for every stream i, so equal streams stay
+equal.
+The state of a value of shape s with channel axis ``dim`` has shape ``s[:dim] + (n,) + s[dim:]``:
+the
 stream axis stands directly before the channel axis.
 
 Each rule plans first (what is the channel axis of the result, or why can it not be done) and only
@@ -38,12 +40,17 @@ class NotLiftable:
 
 
 _UNARY = frozenset({
-    "abs", "bfloat16", "celu", "clamp", "clamp_min", "clone", "contiguous", "cos", "detach", "double", "elu", "exp",
-    "float", "gelu", "half", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish", "neg",
-    "nan_to_num", "reciprocal", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "softsign",
+    "abs", "bfloat16", "celu", "clamp", "clamp_min", "clone", "contiguous", "cos", "detach",
+    "double", "elu", "exp",
+    "float", "gelu", "half", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid",
+    "mish", "neg",
+    "nan_to_num", "reciprocal", "relu", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin",
+    "softplus", "softsign",
     "sqrt", "square", "tanh", "to", "_to_copy", "type",
 })  # fmt: skip
-_BINARY = frozenset({"add", "div", "masked_fill", "maximum", "minimum", "mul", "pow", "rsub", "sub", "where"})
+_BINARY = frozenset(
+    {"add", "div", "masked_fill", "maximum", "minimum", "mul", "pow", "rsub", "sub", "where"}
+)
 _DROPOUT = frozenset({"dropout", "native_dropout", "feature_dropout"})
 _LAST_AXES_NORM = frozenset({"layer_norm", "rms_norm"})
 _REDUCTION = frozenset({"amax", "amin", "mean", "std", "sum", "var"})
@@ -65,7 +72,9 @@ def plan_lane(node: Node, dims: Mapping[Node, int]) -> int | NotLiftable:
     dim = dims[operands[0]]
     rule = _rule(name)
     if rule is None:
-        return NotLiftable(f"{name} mixes or moves channels in a way that has no per-stream form here")
+        return NotLiftable(
+            f"{name} mixes or moves channels in a way that has no per-stream form here"
+        )
     return rule.plan(node, dim, dims)
 
 
@@ -80,7 +89,9 @@ def emit_lane(graph: Graph, node: Node, lanes: Mapping[Node, Lane]) -> Lane:
     operand = next(lanes[arg] for arg in node.all_input_nodes if arg in lanes)
     with graph.inserting_before(node):
         twin = rule.emit(graph, node, lanes, operand)
-    twin.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val", "tensor_meta")}
+    twin.meta = {
+        k: v for k, v in node.meta.items() if k not in ("example_value", "val", "tensor_meta")
+    }
     return Lane(twin, dim, operand.streams)
 
 
@@ -106,7 +117,8 @@ def _rule(name: str) -> _Rule | None:
     return None
 
 
-# -- elementwise ------------------------------------------------------------------------------------
+# -- elementwise
+# ------------------------------------------------------------------------------------
 
 
 def _plan_elementwise(node: Node, dim: int, dims: Mapping[Node, int]) -> int | NotLiftable:
@@ -139,7 +151,8 @@ def _beside_streams(graph: Graph, arg: Node, dim: int) -> Node:
     return graph.call_function(torch.unsqueeze, (arg, dim - 1))
 
 
-# -- dropout ----------------------------------------------------------------------------------------
+# -- dropout
+# ----------------------------------------------------------------------------------------
 
 
 def _plan_dropout(node: Node, dim: int, dims: Mapping[Node, int]) -> int | NotLiftable:
@@ -156,7 +169,8 @@ def _emit_dropout(graph: Graph, node: Node, lanes: Mapping[Node, Lane], operand:
     return graph.call_function(torch.mul, (operand.node, mask))
 
 
-# -- norms and reductions over trailing axes ---------------------------------------------------------
+# -- norms and reductions over trailing axes
+# ---------------------------------------------------------
 
 
 def _plan_norm(node: Node, dim: int, dims: Mapping[Node, int]) -> int | NotLiftable:
@@ -172,14 +186,14 @@ def _emit_copy(graph: Graph, node: Node, lanes: Mapping[Node, Lane], operand: La
 
 
 def _reduced_axes(node: Node) -> tuple[list[int], bool] | None:
-    """(axes counted from the end, keepdim) of a reduction; None where they are not given as ints."""
+    """(axes from the end, keepdim) of a reduction; None where they are not given as ints."""
     rank = len(sizes_of(node.all_input_nodes[0]))
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     axes = [axes] if isinstance(axes, int) else axes
     if not isinstance(axes, tuple | list) or not all(isinstance(a, int) for a in axes) or not axes:
         return None
-    return [int(a) - rank if int(a) >= 0 else int(a) for a in axes], keepdim is True  # type: ignore[arg-type]
+    return [int(a) - rank if int(a) >= 0 else int(a) for a in axes], keepdim is True
 
 
 def _plan_reduction(node: Node, dim: int, dims: Mapping[Node, int]) -> int | NotLiftable:
@@ -201,7 +215,8 @@ def _emit_reduction(graph: Graph, node: Node, lanes: Mapping[Node, Lane], operan
     )  # fmt: skip
 
 
-# -- views -------------------------------------------------------------------------------------------
+# -- views
+# -------------------------------------------------------------------------------------------
 
 
 def _sizes(node: Node) -> tuple[Any, ...] | None:
@@ -242,7 +257,7 @@ def _permutation(node: Node) -> list[int] | None:
     given = node.args[1:] if len(node.args) != 2 else node.args[1]
     if not isinstance(given, tuple | list) or not all(isinstance(a, int) for a in given):
         return None
-    axes = [int(a) % rank for a in given]  # type: ignore[call-overload]
+    axes = [int(a) % rank for a in given]
     if op_name(node) == "permute":
         return axes if len(axes) == rank else None
     if len(axes) != 2:

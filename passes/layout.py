@@ -14,17 +14,31 @@ from mhc_compile.passes.values import dims as sizes_of
 
 # Axis of the features in the first operand, by operation. Convolutions and batch-like norms have
 # them behind the batch axis, matrix products and layer norms at the end.
-_LAST = frozenset({"linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "layer_norm", "rms_norm", "native_layer_norm"})
+_LAST = frozenset(
+    {
+        "linear",
+        "addmm",
+        "matmul",
+        "mm",
+        "bmm",
+        "baddbmm",
+        "layer_norm",
+        "rms_norm",
+        "native_layer_norm",
+    }
+)
 _SECOND = frozenset({
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
-    "batch_norm", "native_batch_norm", "group_norm", "native_group_norm", "instance_norm", "max_pool2d", "avg_pool2d",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "convolution",
+    "batch_norm", "native_batch_norm", "group_norm", "native_group_norm", "instance_norm",
+    "max_pool2d", "avg_pool2d",
     "adaptive_avg_pool2d", "interpolate",
 })  # fmt: skip
 _SEARCH = 32  # operations; the first one that cares about the axis lies close to the origin
 
 
 def channel_axis(origin: Node, branch: Container[Node]) -> int:
-    """The channel axis of ``origin``, negative, from the first operation of its branch that shows it.
+    """The channel axis of ``origin``, negative, as the first operation of its branch shows it.
 
     Without evidence: the last axis, or the second one of a 4-D or 5-D value (images, video).
 
@@ -60,7 +74,7 @@ def _moved(user: Node, value: Node, axes: tuple[int, ...]) -> tuple[int, ...] | 
         given = user.args[1:] if len(user.args) != 2 else user.args[1]
         if not isinstance(given, tuple | list) or not all(isinstance(a, int) for a in given):
             return None
-        order = [int(a) % rank for a in given]  # type: ignore[call-overload]
+        order = [int(a) % rank for a in given]
         if op_name(user) == "transpose":
             swapped = list(range(rank))
             swapped[order[0]], swapped[order[1]] = order[1], order[0]

@@ -19,7 +19,7 @@ from mhc_compile.passes.layout import channel_axis
 from mhc_compile.passes.opnames import is_in_place, op_name
 from mhc_compile.passes.sites import Residuals, ResidualSite
 from mhc_compile.passes.trunks import RootSearch, branch_nodes
-from mhc_compile.passes.values import describe, dims, is_state, output_node
+from mhc_compile.passes.values import describe, dims, is_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ class _Planner:
             if is_in_place(value) or self.aliases.is_written(value):
                 write = next(iter(self.aliases.writes[self.aliases.base(value)]), value)
                 return (
-                    f"{describe(write)} writes in place to a value of the trunk that is also visible under "
+                    f"{describe(write)} writes in place to a value of the trunk that is also "
+                    "visible under "
                     "another name: write it out of place, as in x = x + f(x)"
                 )
         for other in self.by_origin[site.origin]:
@@ -133,7 +134,9 @@ class _Planner:
         trunk: int | None = None
         if site.origin in plan.dims:  # a fork: another site starts here too
             trunk = self._trunk_at(site.origin)
-        elif link.previous in self.trunk_of and not self._crosses_branch(index, link.previous, link.region):
+        elif link.previous in self.trunk_of and not self._crosses_branch(
+            index, link.previous, link.region
+        ):
             followed = self._follow(self.residuals.sites[link.previous].root, link.region)
             if followed is not None:
                 new, trunk, region = followed, self.trunk_of[link.previous], link.region
@@ -157,7 +160,9 @@ class _Planner:
         self.trunk_of[index] = trunk
         plan.dims.update(new)
         step = len(plan.trunks[trunk])
-        entry = PlannedSite(index, site, trunk, step, region, self._branch(index), dim, width, is_entry)
+        entry = PlannedSite(
+            index, site, trunk, step, region, self._branch(index), dim, width, is_entry
+        )
         plan.sites.append(entry)
         plan.trunks[trunk].append(entry)
         return None
@@ -168,7 +173,11 @@ class _Planner:
         known = ChainMap(new, self.plan.dims)
         for node in region:
             planned = plan_lane(node, known)
-            if isinstance(planned, NotLiftable) or is_in_place(node) or self.aliases.is_written(node):
+            if (
+                isinstance(planned, NotLiftable)
+                or is_in_place(node)
+                or self.aliases.is_written(node)
+            ):
                 return None
             new[node] = planned
         return new if root in known else None
@@ -203,13 +212,16 @@ class _Planner:
         for trunk in plan.trunks:
             origin = trunk[0].site.origin
             arrives = origin in inputs and not is_state(origin)
-            plan.arrivals.append(Boundary(origin, inputs[origin], trunk[0].dim) if arrives else None)
-        output = output_node(self.graph)
-        outputs = output.args[0] if output is not None else ()
+            plan.arrivals.append(
+                Boundary(origin, inputs[origin], trunk[0].dim) if arrives else None
+            )
+        outputs = self.graph.output_node().args[0]
         if not plan.trunks or not isinstance(outputs, tuple | list):
             return
         lasts = {trunk[-1].site.root: trunk[-1].trunk for trunk in plan.trunks}
-        search = RootSearch(self.flow, {site.root: i for i, site in enumerate(self.residuals.sites)})
+        search = RootSearch(
+            self.flow, {site.root: i for i, site in enumerate(self.residuals.sites)}
+        )
         for position, value in enumerate(outputs):
             root = search.above(value) if isinstance(value, Node) else None
             if root not in lasts or plan.departures[lasts[root]] is not None:

@@ -57,7 +57,8 @@ def chains(links: Sequence[Link]) -> tuple[tuple[int, ...], ...]:
 
 
 class RootSearch:
-    """Follows a trunk upwards: which site's sum a value stems from, through what acts on it alone."""
+    """Follows a trunk upwards: which site's sum does a value stem from."""
+
     def __init__(self, index: FlowIndex, roots: Container[Node]) -> None:
         self._index = index
         self._roots = roots
@@ -72,7 +73,7 @@ class RootSearch:
                 self._moving.add(node)
 
     def above(self, value: Node) -> Node | None:
-        """The root that ``value`` stems from (or is); None if something ends the trunk in between."""
+        """The root that ``value`` stems from (or is); None if the trunk ends in between."""
         index, node = self._index, value
         while node not in self._roots:
             if mixes(node) or op_name(node) in _SPLITS:

@@ -59,6 +59,12 @@ def rank(node: Node) -> int:
     return len(dims(node))
 
 
+def dtype_of(node: Node) -> torch.dtype | None:
+    """The tensor's dtype; None if the node computes no tensor."""
+    value = value_of(node)
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
 def is_state(node: Node) -> bool:
     """Whether the node is a tensor that a module keeps: parameter, buffer or plain attribute.
 

@@ -17,12 +17,13 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.lanes import Lane, emit_lane
-from mhc_compile.passes.plan import Plan, PlannedSite
 from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.plan import Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of
 
 _SHAPE_ONLY = frozenset({
-    "dim", "empty_like", "full_like", "is_floating_point", "new_empty", "new_full", "new_ones", "new_zeros", "numel",
+    "dim", "empty_like", "full_like", "is_floating_point", "new_empty", "new_full", "new_ones",
+    "new_zeros", "numel",
     "ones_like", "rand_like", "randn_like", "size", "sym_numel", "sym_size", "zeros_like",
 })  # fmt: skip
 _VALUE_META = ("example_value", "val", "tensor_meta")
@@ -139,7 +140,9 @@ class _Widener:
             self.lanes[node] = emit_lane(self.graph, node, self.lanes)
             self.replaced.append(node)
 
-    def _pre(self, planned: PlannedSite, inputs: SiteInputs, state: Lane) -> tuple[Node, Node, Node]:
+    def _pre(
+        self, planned: PlannedSite, inputs: SiteInputs, state: Lane
+    ) -> tuple[Node, Node, Node]:
         root = planned.site.root
         anchor = state.node
         if _is_input(anchor):
@@ -165,7 +168,9 @@ class _Widener:
             for other in site.branches[1:]:
                 branch = graph.call_function(operator.add, (branch, other))
                 _describe(branch, site.root, inputs.name)
-            if dims(site.root) not in [dims(leaf) for leaf in site.branches]:  # a branch per channel or per token
+            if dims(site.root) not in [
+                dims(leaf) for leaf in site.branches
+            ]:  # a branch per channel or per token
                 first = graph.call_function(torch.select, (skip.node, skip.dim - 1, 0))
                 branch = graph.call_function(torch.broadcast_tensors, (branch, first))
                 branch = graph.call_function(operator.getitem, (branch, 0))
@@ -197,7 +202,6 @@ class _Widener:
         for reader in readers:
             reader.replace_input_with(value, node)
 
-
     def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Node:
         return self.graph.create_node("call_function", target, arguments, name=name)
 
@@ -207,11 +211,12 @@ def _is_input(node: Node) -> bool:
 
 
 def _last_input(graph: Graph) -> Node:
-    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last: Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    return last
 
 
 def _reads_shape_only(node: Node) -> bool:
-    """Whether a reader sees sizes and kinds but no values, so that any tensor of the shape will do."""
+    """Whether a reader sees sizes and kinds but no values: any tensor of the shape will do."""
     name = op_name(node)
     if name == "getattr":
         return node.args[1] in ("shape", "dtype", "device", "ndim")

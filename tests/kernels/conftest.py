@@ -1,6 +1,6 @@
 """Random sites, shared by the tests of the op set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -81,6 +81,15 @@ def _build(
         bias=tensor((width,)),
         alpha=tensor((3,)) if dynamic else None,
     )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny: on a busy machine a second thread costs 5 ms an operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

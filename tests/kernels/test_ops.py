@@ -324,15 +324,32 @@ def test_sinkhorn_keeps_dtype_and_computes_in_float32() -> None:
     assert torch.equal(out, sinkhorn_ref(logits.float(), spec).bfloat16())
 
 
-def test_autocast_changes_no_coefficient(make_site: MakeSite, constraint: str) -> None:
+def test_autocast_changes_no_bit(make_site: MakeSite, constraint: str) -> None:
     site = make_site(constraint, 4, (2, 9, 16), dtype=torch.float32)
-    inputs = (site.X, *site.parameters)
-    plain = OPS.pre(*inputs, site.text)
+    head, learned = _head(site), SiteSpec(streams=4).encode()
+
+    def run() -> list[torch.Tensor]:
+        u, h_post, h_res, _ = OPS.pre(site.X, *site.parameters, site.text)
+        out = OPS.post(site.X, site.f, h_post, h_res, site.text)
+        x = OPS.collapse(out, *head, "learned", learned)
+        leaves = (site.X, site.f, *site.parameters, *head)
+        return [u, h_post, h_res, out, x, *_gradients([u, h_post, h_res, out, x], leaves)]
+
+    plain = run()
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = OPS.pre(*inputs, site.text)
-        out = OPS.post(site.X, site.f.bfloat16(), mixed[1], mixed[2], site.text)
-        gradients = _gradients(mixed[:3], inputs)
+        mixed = run()
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
-    assert out.dtype == torch.float32
-    for mine, right in zip(gradients, _gradients(plain[:3], inputs), strict=True):
-        assert torch.equal(mine, right)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "learned"])
+def test_half_ends_are_rounded_once(make_site: MakeSite, mode: str) -> None:
+    site = make_site("sinkhorn", 3, (5, 64), dtype=torch.bfloat16)
+    head = _head(site) if mode == "learned" else (None, None, None)
+    wide_head = [None if t is None else t.detach().double() for t in head]
+    exact = collapse_ref(site.X.detach().double(), *wide_head, mode, site.spec)
+    out = OPS.collapse(site.X, *head, mode, site.text)
+    rounding = (exact.bfloat16().double() - exact).norm()
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).norm() <= 1.01 * rounding
+    total = site.X.detach().double().sum(-2).bfloat16()
+    assert torch.equal(OPS.expand_backward(site.X, -1), total)
