@@ -60,7 +60,7 @@ def test_an_init_that_moves_the_function_is_found() -> None:
     failed = {check.name for check in report.checks if not check.passed}
     assert {"outputs, eval mode", "outputs, train mode"} <= failed
     assert not any(name.startswith("finite differences") for name in failed)
-    with pytest.raises(VerificationError, match="Toy: outputs, eval mode: .* > 2e-06"):
+    with pytest.raises(VerificationError, match=r"Toy: outputs, eval mode: .* > 2e-06"):
         report.raise_if_failed()
 
 
