@@ -99,10 +99,10 @@ def _planned(use: SiteUse) -> PlannedSite:
 
 
 def _entry(use: SiteUse) -> str:
-    origin = use.site.origin
-    if origin.op == "placeholder":
+    start = _planned(use).start
+    if start.op == "placeholder":
         return "graph input"
-    return op_name(origin) or origin.op
+    return op_name(start) or start.op
 
 
 def _readers(capture: Capture, use: SiteUse) -> int:
@@ -116,7 +116,7 @@ def _readers(capture: Capture, use: SiteUse) -> int:
     }
     count = 0
     for value in (planned.site.root, *planned.region):
-        branches = [p.branch for p in plan.sites if p.site.origin is value]
+        branches = [p.branch for p in plan.sites if p.start is value]
         count += sum(
             1
             for user in value.users

@@ -38,7 +38,7 @@ _SEARCH = 32  # operations; the first one that cares about the axis lies close t
 
 
 def channel_axis(origin: Node, branch: Container[Node]) -> int:
-    """The channel axis of ``origin``, negative, as the first operation of its branch shows it.
+    """The channel axis of ``origin``, negative, as what makes or first uses it shows.
 
     Without evidence: the last axis, or the second one of a 4-D or 5-D value (images, video).
 
@@ -47,6 +47,10 @@ def channel_axis(origin: Node, branch: Container[Node]) -> int:
         branch: the nodes of the site's branch; others are not looked at.
     """
     rank = len(sizes_of(origin))
+    if op_name(origin) in _SECOND and rank >= 3:
+        return 1 - rank
+    if op_name(origin) in _LAST:
+        return -1
     queue = deque([(origin, tuple(range(rank)))])  # a value, and where each of its axes comes from
     seen = {origin}
     while queue and len(seen) < _SEARCH:

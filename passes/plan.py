@@ -32,12 +32,14 @@ class PlannedSite:
     trunk: int
     step: int
     """Position within its trunk, in graph order."""
+    start: Node
+    """The value the coefficients are made from: the origin, or the projected skip."""
     region: tuple[Node, ...]
-    """On-trunk operations between the previous root and the origin, the origin included."""
+    """On-trunk operations between the previous root and ``start``, ``start`` included."""
     branch: frozenset[Node]
-    """Nodes of the branch: they read ``u`` where they read the origin."""
+    """Nodes of the branch: they read ``u`` where they read ``start``."""
     dim: int
-    """Channel axis of the origin (negative)."""
+    """Channel axis of ``start`` (negative)."""
     width: int
     """C, the size of that axis."""
     is_entry: bool
@@ -97,7 +99,7 @@ class _Planner:
         self.branches: dict[int, frozenset[Node]] = {}
         self.by_origin: dict[Node, list[int]] = defaultdict(list)
         for index, site in enumerate(residuals.sites):
-            if index not in self.plan.left:
+            if index not in self.plan.left and site.form != "projection":
                 self.by_origin[site.origin].append(index)
 
     def run(self) -> Plan:
@@ -110,9 +112,9 @@ class _Planner:
         return self.plan
 
     def _refusal(self, index: int, site: ResidualSite) -> str | None:
-        if site.form == "projection":
-            return "the skip is projected: streams end before the sum, and new ones start behind it"
-        for value in (site.root, site.skip, *site.skip_path, site.origin):
+        projected = site.form == "projection"
+        values = (site.root, site.skip, *(() if projected else (*site.skip_path, site.origin)))
+        for value in values:
             if is_in_place(value) or self.aliases.is_written(value):
                 write = next(iter(self.aliases.writes[self.aliases.base(value)]), value)
                 return (
@@ -120,7 +122,7 @@ class _Planner:
                     "visible under "
                     "another name: write it out of place, as in x = x + f(x)"
                 )
-        for other in self.by_origin[site.origin]:
+        for other in self.by_origin[site.origin] if not projected else ():
             if other != index and site.root in self._branch(other):
                 outer = describe(self.residuals.sites[other].root)
                 return f"it lies in the branch of the site {outer} and starts from the same value"
@@ -128,6 +130,10 @@ class _Planner:
 
     def _place(self, index: int, site: ResidualSite) -> str | None:
         """Add the site to the plan; the reason if that is not possible."""
+        if site.form == "projection":
+            # The skip runs once, on the collapsed streams, and new streams start from its result:
+            # projecting each stream would cost n times as much. The branch reads the collapsed value.
+            return self._enter(index, site, site.skip, frozenset())
         link, plan = self.residuals.links[index], self.plan
         new: dict[Node, int] = {}
         region: tuple[Node, ...] = ()
@@ -140,29 +146,48 @@ class _Planner:
             followed = self._follow(self.residuals.sites[link.previous].root, link.region)
             if followed is not None:
                 new, trunk, region = followed, self.trunk_of[link.previous], link.region
-        is_entry = trunk is None
-        if is_entry:
-            new[site.origin] = channel_axis(site.origin, self._branch(index))
+        if trunk is None:
+            return self._enter(index, site, site.origin, self._branch(index))
+        return self._join(index, site, site.origin, trunk, region, self._branch(index), new)
+
+    def _enter(
+        self, index: int, site: ResidualSite, start: Node, branch: frozenset[Node]
+    ) -> str | None:
+        """Start a trunk at ``start``."""
+        new = {start: channel_axis(start, branch)}
+        return self._join(index, site, start, None, (), branch, new)
+
+    def _join(
+        self,
+        index: int,
+        site: ResidualSite,
+        start: Node,
+        trunk: int | None,
+        region: tuple[Node, ...],
+        branch: frozenset[Node],
+        new: dict[Node, int],
+    ) -> str | None:
+        """Add the site to ``trunk``, or to a new one; the reason if its skip cannot be followed."""
+        plan = self.plan
         known = ChainMap(new, plan.dims)
-        dim = known[site.origin]
-        width = dims(site.origin)[dim]
+        dim = known[start]
+        width = dims(start)[dim]
         if not isinstance(width, int):
             return f"the width of the trunk ({width}) is not a constant"
-        for value in reversed(site.skip_path):
+        for value in reversed(site.skip_path if start is site.origin else ()):
             planned = plan_lane(value, known)
             if isinstance(planned, NotLiftable):
                 return f"the skip has no per-stream form: {planned.reason}"
             new[value] = planned
         new[site.root] = known[site.skip]
+        is_entry = trunk is None
         if trunk is None:
             trunk = len(plan.trunks)
             plan.trunks.append([])
         self.trunk_of[index] = trunk
         plan.dims.update(new)
         step = len(plan.trunks[trunk])
-        entry = PlannedSite(
-            index, site, trunk, step, region, self._branch(index), dim, width, is_entry
-        )
+        entry = PlannedSite(index, site, trunk, step, start, region, branch, dim, width, is_entry)
         plan.sites.append(entry)
         plan.trunks[trunk].append(entry)
         return None
@@ -196,7 +221,7 @@ class _Planner:
 
     def _trunk_at(self, value: Node) -> int:
         for planned in self.plan.sites:
-            if value in (planned.site.origin, planned.site.root, *planned.region):
+            if value in (planned.start, planned.site.root, *planned.region):
                 return planned.trunk
         raise AssertionError(f"{value} has streams, but no trunk")
 

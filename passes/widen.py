@@ -85,7 +85,6 @@ class _Widener:
         self.graph = graph
         self.widening = widening
         self.lanes = widening.lanes
-        self.entries: set[Node] = set()
         self.replaced: list[Node] = []  # nodes whose value now lives in a lane, in graph order
         self.heads = {
             trunk[-1].site.root: widening.heads[trunk[-1].trunk]
@@ -113,18 +112,19 @@ class _Widener:
             self._enter(planned, inputs)
         for node in planned.region:
             self._lift(node)
-        state = self.lanes[site.origin]
+        state = self.lanes[planned.start]
         u, h_post, h_res = self._pre(planned, inputs, state)
-        for reader in list(site.origin.users):
-            if reader in planned.branch or _reads_shape_only(reader):
-                reader.replace_input_with(site.origin, u)
-        for node in reversed(site.skip_path):
+        for reader in list(planned.start.users):
+            if reader in planned.branch or (planned.branch and _reads_shape_only(reader)):
+                reader.replace_input_with(planned.start, u)
+        if not u.users:  # a projected skip: the branch reads the collapsed value
+            self.graph.erase_node(u)
+        for node in reversed(site.skip_path if planned.start is site.origin else ()):
             self._lift(node)
         self._post(planned, inputs, h_post, h_res)
 
     def _enter(self, planned: PlannedSite, inputs: SiteInputs) -> None:
-        origin = planned.site.origin
-        self.entries.add(origin)
+        origin = planned.start
         arriving = self.widening.arriving.get(origin)
         if arriving is not None:
             self.lanes[origin] = arriving
