@@ -22,12 +22,12 @@ def test_the_three_lines_convert_and_compile_and_keep_the_outputs() -> None:
     setup, _, use = block.partition("report = ")
     names: dict[str, Any] = {}
     exec(setup, names)
-    model, example = names["model"].eval(), names["example"]
+    model, input_ids = names["model"].eval(), names["input_ids"]
     with torch.no_grad():
-        expected = model(example)
+        expected = model(input_ids).logits
     exec(f"report = {use}", names)
-    assert len(names["report"].converted) == 2
-    assert_close(names["step"](example), expected, rtol=1e-5, atol=1e-5)
+    assert len(names["report"].converted) == 4
+    assert_close(names["step"](input_ids).logits, expected, rtol=1e-5, atol=2e-6)
     old = {
         id(parameter) for group in names["optimizer"].param_groups for parameter in group["params"]
     }
