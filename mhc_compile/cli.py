@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     warnings.simplefilter("default", MHCWarning)
-    # torch warns about its own code when a graph is copied.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
+    # What torch says about its own code or a model's style helps nobody who inspects a graph.
+    warnings.filterwarnings("ignore", module="torch|copyreg")
     try:
         status: int = options.run(options)
     except MHCError as error:
