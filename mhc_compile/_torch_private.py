@@ -104,15 +104,24 @@ class Frame:
         then
         passes the parameter on every call. Lifting one twice gives the same placeholder.
         """
-        source, module = self._source_of(owner), owner
-        for key in path:
-            source = ModuleSource(DictGetItemSource(AttrSource(source, "_modules"), key))
-            module = module.get_submodule(key)
+        source, module = self._below(owner, path)
         source = DictGetItemSource(ParameterSource(source, "_parameters"), name)
         node = VariableBuilder(self._tx, source)(getattr(module, name)).as_proxy().node
         node._dynamo_source = node.meta["grapharg"].source
         assert isinstance(node, Node)
         return node
+
+    def guard(self, owner: nn.Module, path: Sequence[str], name: str) -> None:
+        """Recompile when attribute ``name`` (a str) of submodule ``path`` of ``owner`` differs."""
+        source, module = self._below(owner, path)
+        VariableBuilder(self._tx, AttrSource(source, name))(getattr(module, name))
+
+    def _below(self, owner: nn.Module, path: Sequence[str]) -> tuple[Source, nn.Module]:
+        source, module = self._source_of(owner), owner
+        for key in path:
+            source = ModuleSource(DictGetItemSource(AttrSource(source, "_modules"), key))
+            module = module.get_submodule(key)
+        return source, module
 
     def _named_modules(self) -> Iterator[tuple[Source, nn.Module]]:
         """Modules on the source chain of any input of the graph, and the frame's own variables."""
