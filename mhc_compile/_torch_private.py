@@ -3,6 +3,7 @@
 `tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -94,7 +95,12 @@ class Frame:
     @property
     def where(self) -> str:
         """``function (file:line)`` of the frame, for messages."""
-        code = self._tx.f_code
+        code, root = self._tx.f_code, self.root
+        forward = getattr(type(root), "forward", None)
+        if (
+            getattr(forward, "__code__", None) is code
+        ):  # ours of a converted module: name the user's
+            code = getattr(inspect.unwrap(forward), "__code__", code)
         return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
     def lift(self, owner: nn.Module, path: Sequence[str], name: str) -> Node:
@@ -130,7 +136,10 @@ class Frame:
         scope = self._tx.output.local_scope
         for name, value in scope.items():
             if isinstance(value, nn.Module):
-                yield ModuleSource(LocalSource(name, is_input=True)), value
+                # torch.compile wraps modules of torch.nn: the module is then a closure variable.
+                is_cell = name in self._tx.f_code.co_freevars
+                local = LocalSource(name, is_input=True, is_derefed_cell_contents=is_cell)
+                yield ModuleSource(local), value
         seen: set[str] = set()
         for node in self._gm.graph.nodes:
             source = getattr(node, "_dynamo_source", None) if node.op == "placeholder" else None

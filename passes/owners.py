@@ -31,7 +31,8 @@ def module_calls(node: Node) -> tuple[ModuleCall, ...]:
     for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
         identity = key.partition("@")[0]
         if identity.isdecimal():
-            calls.append(ModuleCall(identity, key + suffix))
+            # The path tells apart calls of one module under two names, which "@k" does not.
+            calls.append(ModuleCall(identity, f"{key}:{path}{suffix}"))
         elif path:
             # Export repeats the path as value and counts calls in the key.
             calls.append(ModuleCall(path.partition("@")[0], key + suffix))

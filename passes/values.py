@@ -16,6 +16,7 @@ from torch.fx import Node
 
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_CHECK = ("mhc_compile", "guard.py")
 # What a Dynamo source passes through when the value is kept by a module.
 _STATE = ("._parameters[", "._buffers[", "._modules[")
 
@@ -85,12 +86,15 @@ def is_state(node: Node) -> bool:
 
 
 def source_line(node: Node) -> str:
-    """``file.py:123`` of the innermost frame that made the node; "" if none was recorded."""
+    """``file.py:123`` of the innermost frame that made the node; "" if none was recorded.
+
+    The checking ``forward`` of a converted module does not count: the user wrote another line.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    if not frames:
-        return ""
-    path, line = frames[-1]
-    return f"{PurePath(path).name}:{line}"
+    for path, line in reversed(frames):
+        if PurePath(path).parts[-2:] != _CHECK:
+            return f"{PurePath(path).name}:{line}"
+    return ""
 
 
 def describe(node: Node) -> str:

@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.lanes import Lane, emit_lane
 from mhc_compile.passes.opnames import op_name
-from mhc_compile.passes.plan import Plan, PlannedSite
+from mhc_compile.passes.plan import Boundary, Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of
 
 _SHAPE_ONLY = frozenset({
@@ -59,6 +59,8 @@ class Widening:
     """Trunk -> how it ends; the mean where a trunk is missing."""
     arriving: Mapping[Node, Lane] = field(default_factory=dict)
     """Values whose streams come from another graph: no expand there."""
+    departing: Sequence[Boundary] = ()
+    """Values with which streams leave for another graph: those of ``plan.departures`` in use."""
     middle: str = "mean"
     """How readers in the middle of a trunk see it: "mean" or "sum"."""
     lanes: dict[Node, Lane] = field(default_factory=dict)
@@ -95,8 +97,8 @@ class _Widener:
     def run(self) -> None:
         for planned in self.widening.plan.sites:
             self._widen(planned)
-        for departure in self.widening.plan.departures:
-            for node in departure.region if departure is not None else ():
+        for departure in self.widening.departing:
+            for node in departure.region:
                 self._lift(node)
         gone = set(self.replaced)
         for value in self.replaced:
