@@ -114,7 +114,9 @@ class Frame:
     def guard(self, owner: nn.Module, path: Sequence[str], name: str) -> None:
         """Recompile when attribute ``name`` (a str) of submodule ``path`` of ``owner`` differs."""
         source, module = self._below(owner, path)
-        VariableBuilder(self._tx, AttrSource(source, name))(getattr(module, name))
+        # A lazy constant would be guarded on only once something reads it.
+        build = VariableBuilder(self._tx, AttrSource(source, name), allow_lazy_constant=False)
+        build(getattr(module, name))
 
     def _below(self, owner: nn.Module, path: Sequence[str]) -> tuple[Source, nn.Module]:
         source, module = self._source_of(owner), owner

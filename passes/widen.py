@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.lanes import Lane, emit_lane
 from mhc_compile.passes.opnames import op_name
-from mhc_compile.passes.plan import Plan, PlannedSite
+from mhc_compile.passes.plan import Boundary, Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of
 
 _SHAPE_ONLY = frozenset({
@@ -48,6 +48,15 @@ class Head:
     inputs: SiteInputs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A trunk whose streams go on in another graph."""
+
+    boundary: Boundary
+    is_end: bool
+    """Whether some use of its last site is the end of the trunk, where users see its value."""
+
+
 @dataclass(slots=True)
 class Widening:
     """Everything the rewrite needs beside the graph, and what it leaves for its caller."""
@@ -59,6 +68,8 @@ class Widening:
     """Trunk -> how it ends; the mean where a trunk is missing."""
     arriving: Mapping[Node, Lane] = field(default_factory=dict)
     """Values whose streams come from another graph: no expand there."""
+    departing: Sequence["Departure"] = ()
+    """Trunks whose streams go on in another graph."""
     middle: str = "mean"
     """How readers in the middle of a trunk see it: "mean" or "sum"."""
     lanes: dict[Node, Lane] = field(default_factory=dict)
@@ -95,9 +106,14 @@ class _Widener:
     def run(self) -> None:
         for planned in self.widening.plan.sites:
             self._widen(planned)
-        for departure in self.widening.plan.departures:
-            for node in departure.region if departure is not None else ():
-                self._lift(node)
+        for departure in self.widening.departing:
+            for node in departure.boundary.region:
+                if (
+                    departure.is_end
+                ):  # seen plain: the operations behind an exit act on the collapse
+                    self.lanes[node] = emit_lane(self.graph, node, self.lanes)
+                else:
+                    self._lift(node)
         gone = set(self.replaced)
         for value in self.replaced:
             self._serve_readers(value, gone)
