@@ -87,7 +87,8 @@ def compile_frame(
         matches.check(analysis)
     borders = Borders(analysis, matches.records)
     node_of = lift_parameters(gm, analysis, matches.records, sites_of, frame, where)
-    widening = bind(analysis, matches.records, sites_of, node_of, borders.arrive(copy.graph))
+    arriving = borders.arrive(copy.graph)
+    widening = bind(analysis, matches.records, sites_of, node_of, arriving, borders.departing)
     run_passes(copy, (), rewrite_passes(widening), observe)
     borders.leave(copy, widening)
     inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]

@@ -54,7 +54,8 @@ class Borders:
 
     def __init__(self, analysis: Analysis, records: Mapping[int, SiteRecord]) -> None:
         self._arrivals: list[_Arrival] = []
-        self._departures: list[Boundary] = []
+        self.departing: list[Boundary] = []
+        """Where the streams of a trunk leave for another graph."""
         self._visible = 0
         plan = analysis.plan
         for trunk, arrival, departure in zip(
@@ -77,7 +78,7 @@ class Borders:
                     "shows it)"
                 )
             if departure is not None and last.continues:
-                self._departures.append(departure)
+                self.departing.append(departure)
 
     def arrive(self, graph: Graph) -> dict[Node, Lane]:
         """Add an input for every arriving state; the lanes by the visible input they stand for."""
@@ -110,21 +111,21 @@ class Borders:
         visible = output.args[0]
         assert isinstance(visible, tuple | list)
         self._visible = len(visible)
-        if self._departures:
-            states = [widening.lanes[departure.value].node for departure in self._departures]
+        if self.departing:
+            states = [widening.lanes[departure.value].node for departure in self.departing]
             output.args = ((*visible, *states),)
             gm.recompile()
 
     def wrap(self, compiled: Compiled) -> Compiled:
         """``compiled`` as Dynamo calls it: states fetched before, hung on their tensors after."""
-        if not self._arrivals and not self._departures:
+        if not self._arrivals and not self.departing:
             return compiled
 
         @without_tracing
         def call(*args: Any) -> Any:
             states = [arrival.take(args[arrival.position]) for arrival in self._arrivals]
             outputs = compiled(*args, *states)
-            for state, departure in zip(outputs[self._visible :], self._departures, strict=True):
+            for state, departure in zip(outputs[self._visible :], self.departing, strict=True):
                 carry.put(outputs[departure.position], state, departure.dim)
             return tuple(outputs[: self._visible])
 

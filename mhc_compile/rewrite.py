@@ -62,7 +62,7 @@ def rewrite(
         built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}
     attributes = _Attributes(exported, scope.names, built)
     widening = bind(
-        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}
+        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}, ()
     )
     run_passes(exported, (), rewrite_passes(widening), observe)
     return exported
