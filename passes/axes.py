@@ -21,7 +21,7 @@ def axis_order(node: Node) -> tuple[int, ...] | None:
     if op_name(node) not in PERMUTATIONS or node.all_input_nodes != [source] or source is None:
         return None
     # The operation itself reads its arguments best: the sizes of the probe tell its axes apart.
-    probe = torch.empty(range(2, 2 + rank(source)), device="meta")
+    probe = torch.empty(tuple(range(2, 2 + rank(source))), device="meta")
     args = map_arg(node.args, lambda _: probe)
     kwargs = map_arg(dict(node.kwargs), lambda _: probe)
     if node.op == "call_method":
