@@ -64,7 +64,7 @@ def rewrite(
         matches.records.update(new_records(analysis, new, lambda host: built.get(id(host))))
     attributes = _Attributes(exported, scope.names, built)
     widening = bind(
-        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}
+        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}, ()
     )
     run_passes(exported, (), rewrite_passes(widening), observe)
     return exported

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+VALUE_KEYS = ("example_value", "val", "tensor_meta")
+"""Metadata that describes a node's value, and so does not fit another node."""
+
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 # The forward that converted modules get runs around the user's own, and is not the user's.
@@ -98,6 +101,11 @@ def describe(node: Node) -> str:
     """The node for a person: its name, and its line where one is known."""
     line = source_line(node)
     return f"'{node.name}' ({line})" if line else f"'{node.name}'"
+
+
+def meta_of_part(node: Node) -> dict[str, Any]:
+    """Metadata for a new node that stands for a part of ``node``: all but what tells its value."""
+    return {key: value for key, value in node.meta.items() if key not in VALUE_KEYS}
 
 
 def _attribute(node: Node) -> Any:
