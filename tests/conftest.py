@@ -1,5 +1,6 @@
 """One environment for every test: offline, seeded, few threads, one compile cache."""
 
+import logging
 import os
 import random
 import sys
@@ -21,6 +22,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+# torch writes its structured trace for any handler it finds, and pytest's takes every record: a third
+# of the time of a test that compiles.
+logging.getLogger("torch.__trace").propagate = False
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
