@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile._torch_private import Frame
 from mhc_compile.analysis import Analysis
-from mhc_compile.passes.lanes import Lane
+from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.plan import PlannedSite
 from mhc_compile.passes.widen import Departure, Head, SiteInputs, Widening
 from mhc_compile.site import MHCSite, MHCSites, SiteRecord

@@ -12,7 +12,7 @@ from mhc_compile._torch_private import Compiled, fake_like, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.match import site_named, sites_of
-from mhc_compile.passes.lanes import Lane
+from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.plan import Boundary
 from mhc_compile.passes.widen import Departure, Widening
 from mhc_compile.site import SiteRecord

@@ -17,7 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.passes.lanes import Lane, emit_lane
+from mhc_compile.passes.lane import Lane
+from mhc_compile.passes.lanes import emit_lane
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.plan import Boundary, Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of, meta_of_part

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# torch writes its structured trace for any handler it finds, and pytest's takes every record: a third
+# torch writes its structured trace for any handler it finds, and pytest takes every record: a third
 # of the time of a test that compiles.
 logging.getLogger("torch.__trace").propagate = False
 
