@@ -3,6 +3,7 @@
 `tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -95,9 +96,12 @@ class Frame:
     @property
     def where(self) -> str:
         """``function (file:line)`` of the frame, for messages."""
-        code = self._tx.f_code
-        if self.root is not None and code.co_name != "forward":  # a wrapper of torch's around it
-            return f"the forward of {type(self.root).__name__}"
+        code, root = self._tx.f_code, self.root
+        forward = getattr(type(root), "forward", None)
+        if getattr(forward, "__code__", None) is code:  # perhaps the check around the user's own
+            code = getattr(inspect.unwrap(forward), "__code__", code)
+        elif root is not None and code.co_name != "forward":  # a wrapper of torch's around it
+            return f"the forward of {type(root).__name__}"
         return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
     def lift(self, owner: nn.Module, path: Sequence[str], name: str) -> Node:

@@ -37,12 +37,10 @@ class _Arrival:
         if self.record.starts:
             return torch.ops.mhc.expand(visible, self.streams, self.boundary.dim)
         raise UnsupportedGraphError(
-            f"the streams were lost before {self.record.key} ({self.record.source}): between "
-            "the previous block "
-            "and this one something made a new tensor, wrote in place or detached (an eager "
-            "operation, "
-            "detach(), a cast). Compile both blocks together, or move the operation into one "
-            "of them"
+            f"the streams were lost before {self.record.key} ({self.record.source}): between the "
+            "previous block and this one something made a new tensor, wrote in place or detached "
+            "(an eager operation, detach(), a cast). Compile both blocks together, or move the "
+            "operation into one of them"
         )
 
 
@@ -73,6 +71,11 @@ class Borders:
                 )
             if departure is not None and last.continues:
                 self.departures.append(Departure(departure, last.ends))
+
+    @property
+    def departures(self) -> list[Boundary]:
+        """The values with which a state leaves the graph."""
+        return self._departures
 
     def arrive(self, graph: Graph) -> dict[Node, Lane]:
         """Add an input for every arriving state; the lanes by the visible input they stand for."""

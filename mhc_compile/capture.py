@@ -145,25 +145,24 @@ class _Collector:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put buffers, random state and per-module compilation back afterwards."""
+    """Put buffers, attributes, random state and per-module compilation back afterwards."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    compiled = {
-        m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None
-    }
-    for module in compiled:
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    for module, _ in attributes:
         module._compiled_call_impl = None
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
+        for module, saved_attributes in attributes:
+            vars(module).clear()
+            vars(module).update(saved_attributes)
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer

@@ -91,7 +91,20 @@ def convert_observed(
         for module in model.modules():
             setattr(module, SEEN, True)
         reset_dynamo()
+    else:
+        _refuse_partial(uses)
     return build_report(model, capture, config, uses, converted=True)
+
+
+def _refuse_partial(uses: Sequence[SiteUse]) -> None:
+    for use in uses:
+        host = use.hosted.host
+        if use.planned is not None and host is not None and sites_of(host) is None:
+            raise UnsupportedGraphError(
+                f"only a part of the model is converted: the add of {type(host).__name__} at "
+                f"{use.hosted.source} is not. Take the parameters off with "
+                "mhc_compile.revert_(model) and convert the whole model at once"
+            )
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -212,14 +225,18 @@ def new_site(use: SiteUse, record: SiteRecord, config: MHCConfig, device: torch.
     """Fresh parameters for one site, float32, on ``device``."""
     assert use.planned is not None
     spec, width = config.spec(), use.planned.width
-    tensors = initial_parameters(spec, width, config.init, use.step)
-    head = initial_head(spec, width) if config.collapse == "learned" and record.ends else {}
-    with torch.no_grad():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # tensors of inference mode cannot be trained
+        tensors = initial_parameters(spec, width, config.init, use.step)
+        head = initial_head(spec, width) if config.collapse == "learned" and record.ends else {}
         return MHCSite(
-            spec, width,
+            spec,
+            width,
             {name: tensor.to(device) for name, tensor in tensors.items()},
             {name: tensor.to(device) for name, tensor in head.items()},
-        )  # fmt: skip
+        )
 
 
 def _device(host: nn.Module) -> torch.device:

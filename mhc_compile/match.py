@@ -94,7 +94,7 @@ class Matches:
             if known is None:
                 refused.update(self._refuse_unknown(sites))
                 continue
-            aligned = _align(sites, known.records)
+            aligned = _align(sites, known.records, is_whole=not self._is_cut(sites[0]))
             for site in sites:
                 record = aligned.get(site.index)
                 if record is not None and record.converted:
@@ -107,7 +107,7 @@ class Matches:
         """Sites of one call of a module without parameters: left, or new to us."""
         if self._converted:
             return {site.index: site.refusal or LEFT for site in sites}
-        if self._scope.is_partial and sites[0].call == "":
+        if self._is_cut(sites[0]):
             return {site.index: site.refusal or BROKEN for site in sites}
         refused = {}
         for site in sites:
@@ -116,6 +116,10 @@ class Matches:
             if reason is not None:
                 refused[site.index] = reason
         return refused
+
+    def _is_cut(self, site: HostedSite) -> bool:
+        """Whether a graph break may hide other adds of the call from this graph."""
+        return self._scope.is_partial and site.call == ""
 
     def check(self, analysis: Analysis) -> None:
         """Compare sites and records of every call of a converted module in the graph.
@@ -177,11 +181,15 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
             )
 
 
-def _align(sites: Sequence[HostedSite], records: Sequence[SiteRecord]) -> dict[int, SiteRecord]:
-    """Site index -> its record: by number where all agree, else by source line in order."""
-    if len(sites) == len(records) and all(
-        s.source == r.source for s, r in zip(sites, records, strict=True)
-    ):
+def _align(
+    sites: Sequence[HostedSite], records: Sequence[SiteRecord], *, is_whole: bool
+) -> dict[int, SiteRecord]:
+    """Site index -> its record: by number in a whole call with all sites, else by source line.
+
+    Lines alone would not do: torch.export reports other ones, and so does a module of torch itself
+    when it is compiled alone.
+    """
+    if is_whole and len(sites) == len(records):
         return {site.index: record for site, record in zip(sites, records, strict=True)}
     aligned: dict[int, SiteRecord] = {}
     remaining = list(records)
