@@ -98,7 +98,8 @@ class Frame:
         """``function (file:line)`` of the frame, for messages."""
         code, root = self._tx.f_code, self.root
         forward = getattr(type(root), "forward", None)
-        if getattr(forward, "__code__", None) is code:  # perhaps the check around the user's own
+        if forward is not None and getattr(forward, "__code__", None) is code:
+            # perhaps the check around the user's own forward
             code = getattr(inspect.unwrap(forward), "__code__", code)
         elif root is not None and code.co_name != "forward":  # a wrapper of torch's around it
             return f"the forward of {type(root).__name__}"

@@ -72,11 +72,6 @@ class Borders:
             if departure is not None and last.continues:
                 self.departures.append(Departure(departure, last.ends))
 
-    @property
-    def departures(self) -> list[Boundary]:
-        """The values with which a state leaves the graph."""
-        return self._departures
-
     def arrive(self, graph: Graph) -> dict[Node, Lane]:
         """Add an input for every arriving state; the lanes by the visible input they stand for."""
         lanes = {}
