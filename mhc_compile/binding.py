@@ -8,9 +8,9 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile._torch_private import Frame
 from mhc_compile.analysis import Analysis
-from mhc_compile.passes.lanes import Lane
-from mhc_compile.passes.plan import Boundary, PlannedSite
-from mhc_compile.passes.widen import Head, SiteInputs, Widening
+from mhc_compile.passes.lane import Lane
+from mhc_compile.passes.plan import PlannedSite
+from mhc_compile.passes.widen import Departure, Head, SiteInputs, Widening
 from mhc_compile.site import MHCSite, MHCSites, SiteRecord
 
 SitesOf = Callable[[nn.Module], MHCSites | None]
@@ -24,7 +24,7 @@ def bind(
     sites_of: SitesOf,
     node_of: NodeOf,
     arriving: Mapping[Node, Lane],
-    departing: Sequence[Boundary],
+    departing: Sequence[Departure] = (),
 ) -> Widening:
     """Everything `widen_trunks_pass` needs for an analysed graph.
 
@@ -34,7 +34,7 @@ def bind(
         sites_of: parameters of a host.
         node_of: where the graph holds a parameter.
         arriving: values whose streams come from another graph.
-        departing: values with which streams leave for another graph.
+        departing: trunks whose streams go on in another graph.
     """
     plan = analysis.plan
     inputs, heads, middle = {}, {}, "mean"
@@ -54,7 +54,9 @@ def bind(
             heads[planned.trunk] = Head("learned", _inputs("collapse", site, dim, head))
     for trunk in range(len(plan.trunks)):
         heads.setdefault(trunk, Head(middle))
-    return Widening(plan, inputs, heads, arriving, departing, middle)
+    return Widening(
+        plan, inputs, heads=heads, arriving=arriving, departing=departing, middle=middle
+    )
 
 
 def host_of(analysis: Analysis, planned: PlannedSite) -> nn.Module:

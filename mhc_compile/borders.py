@@ -12,9 +12,9 @@ from mhc_compile._torch_private import Compiled, fake_like, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.match import site_named, sites_of
-from mhc_compile.passes.lanes import Lane
+from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.plan import Boundary
-from mhc_compile.passes.widen import Widening
+from mhc_compile.passes.widen import Departure, Widening
 from mhc_compile.site import SiteRecord
 
 
@@ -49,7 +49,8 @@ class Borders:
 
     def __init__(self, analysis: Analysis, records: Mapping[int, SiteRecord]) -> None:
         self._arrivals: list[_Arrival] = []
-        self._departures: list[Boundary] = []
+        self.departures: list[Departure] = []
+        """For the rewrite: trunks whose streams go on in another graph."""
         self._visible = 0
         plan = analysis.plan
         for trunk, arrival, departure in zip(
@@ -69,12 +70,7 @@ class Borders:
                     "(TORCH_LOGS=graph_breaks shows it)"
                 )
             if departure is not None and last.continues:
-                self._departures.append(departure)
-
-    @property
-    def departures(self) -> list[Boundary]:
-        """The values with which a state leaves the graph."""
-        return self._departures
+                self.departures.append(Departure(departure, last.ends))
 
     def arrive(self, graph: Graph) -> dict[Node, Lane]:
         """Add an input for every arriving state; the lanes by the visible input they stand for."""
@@ -107,22 +103,23 @@ class Borders:
         visible = output.args[0]
         assert isinstance(visible, tuple | list)
         self._visible = len(visible)
-        if self._departures:
-            states = [widening.lanes[departure.value].node for departure in self._departures]
+        if self.departures:
+            states = [widening.lanes[d.boundary.value].node for d in self.departures]
             output.args = ((*visible, *states),)
             gm.recompile()
 
     def wrap(self, compiled: Compiled) -> Compiled:
         """``compiled`` as Dynamo calls it: states fetched before, hung on their tensors after."""
-        if not self._arrivals and not self._departures:
+        if not self._arrivals and not self.departures:
             return compiled
 
         @without_tracing
         def call(*args: Any) -> Any:
             states = [arrival.take(args[arrival.position]) for arrival in self._arrivals]
             outputs = compiled(*args, *states)
-            for state, departure in zip(outputs[self._visible :], self._departures, strict=True):
-                carry.put(outputs[departure.position], state, departure.dim)
+            for state, departure in zip(outputs[self._visible :], self.departures, strict=True):
+                boundary = departure.boundary
+                carry.put(outputs[boundary.position], state, boundary.dim)
             return tuple(outputs[: self._visible])
 
         return call

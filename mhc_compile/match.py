@@ -153,9 +153,10 @@ class Matches:
                 f"the graph of {self._scope.where} does not hold a whole call of the converted "
                 f"{type(host).__name__}: "
                 + (f"its sites {missing} are" if missing else "its sites are there, its call is")
-                + " not. A graph break inside its forward cuts the trunk (TORCH_LOGS=graph_breaks "
-                "shows it), or only a part of a site was compiled. Compile the module that holds "
-                "both sides of the add, remove the break, or convert with exclude=(...) for these"
+                + " not. Either a graph break inside its forward cuts it (TORCH_LOGS=graph_breaks "
+                "shows it), or only a part of it was compiled, or it took another path than at "
+                "conversion (a fused one: torch.backends.mha.set_fastpath_enabled(False)). Remove "
+                "the cause, or convert with exclude=(...) for these sites"
             )
 
 

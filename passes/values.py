@@ -8,15 +8,18 @@ to the compilation, so `dims` and `numel` hand out their expressions, which comp
 import math
 import re
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+VALUE_KEYS = ("example_value", "val", "tensor_meta")
+"""Metadata that describes a node's value, and so does not fit another node."""
+
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_CHECK = ("mhc_compile", "guard.py")
+# The forward that converted modules get runs around the user's own, and is not the user's.
+_OURS = "mhc_compile/guard.py"
 # What a Dynamo source passes through when the value is kept by a module.
 _STATE = ("._parameters[", "._buffers[", "._modules[")
 
@@ -86,14 +89,11 @@ def is_state(node: Node) -> bool:
 
 
 def source_line(node: Node) -> str:
-    """``file.py:123`` of the innermost frame that made the node; "" if none was recorded.
-
-    The checking ``forward`` of a converted module does not count: the user wrote another line.
-    """
-    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    for path, line in reversed(frames):
-        if PurePath(path).parts[-2:] != _CHECK:
-            return f"{PurePath(path).name}:{line}"
+    """``file.py:123`` of the innermost user frame that made the node; "" if none was recorded."""
+    for path, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
+        path = path.replace(chr(92), "/")
+        if not path.endswith(_OURS):
+            return f"{path.rsplit('/', 1)[-1]}:{line}"
     return ""
 
 
@@ -101,6 +101,11 @@ def describe(node: Node) -> str:
     """The node for a person: its name, and its line where one is known."""
     line = source_line(node)
     return f"'{node.name}' ({line})" if line else f"'{node.name}'"
+
+
+def meta_of_part(node: Node) -> dict[str, Any]:
+    """Metadata for a new node that stands for a part of ``node``: all but what tells its value."""
+    return {key: value for key, value in node.meta.items() if key not in VALUE_KEYS}
 
 
 def _attribute(node: Node) -> Any:

@@ -1,5 +1,6 @@
 """One environment for every test: offline, seeded, few threads, one compile cache."""
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# torch writes its structured trace for any handler it finds, and pytest takes every record: a third
+# of the time of a test that compiles.
+logging.getLogger("torch.__trace").propagate = False
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
