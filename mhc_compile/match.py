@@ -186,9 +186,15 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
 
 
 def _align(sites: Sequence[HostedSite], records: Sequence[SiteRecord]) -> dict[int, SiteRecord]:
-    """Site index -> its record: by number where all agree, else by source line in order."""
+    """Site index -> its record: by number where all agree, else by source line in order.
+
+    Export shows an add in a called function at the line of the call: where no line is known from
+    conversion, only the number can tell.
+    """
+    known = {record.source for record in records}
+    comparable = any(site.source in known for site in sites)
     if len(sites) == len(records) and all(
-        s.source == r.source for s, r in zip(sites, records, strict=True)
+        s.source == r.source or not comparable for s, r in zip(sites, records, strict=True)
     ):
         return {site.index: record for site, record in zip(sites, records, strict=True)}
     aligned: dict[int, SiteRecord] = {}
