@@ -8,9 +8,9 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile._torch_private import Frame
 from mhc_compile.analysis import Analysis
-from mhc_compile.passes.lanes import Lane
-from mhc_compile.passes.plan import Boundary, PlannedSite
-from mhc_compile.passes.widen import Head, SiteInputs, Widening
+from mhc_compile.passes.lane import Lane
+from mhc_compile.passes.plan import PlannedSite
+from mhc_compile.passes.widen import Departure, Head, SiteInputs, Widening
 from mhc_compile.site import MHCSite, MHCSites, SiteRecord
 
 SitesOf = Callable[[nn.Module], MHCSites | None]
@@ -24,7 +24,7 @@ def bind(
     sites_of: SitesOf,
     node_of: NodeOf,
     arriving: Mapping[Node, Lane],
-    departing: Sequence[Boundary],
+    departing: Sequence[Departure] = (),
 ) -> Widening:
     """Everything `widen_trunks_pass` needs for an analysed graph.
 
@@ -34,7 +34,7 @@ def bind(
         sites_of: parameters of a host.
         node_of: where the graph holds a parameter.
         arriving: values whose streams come from another graph.
-        departing: where streams leave for another graph.
+        departing: trunks whose streams go on in another graph.
     """
     plan = analysis.plan
     inputs, heads, middle = {}, {}, "mean"
@@ -94,6 +94,7 @@ def lift_parameters(
         record, host = records[planned.index], host_of(analysis, planned)
         sites = sites_of(host)
         assert sites is not None
+        frame.guard(host, ("mhc",), "signature")
         for name in parameter_names(sites, record):
             lifted[id(host), record.key, name] = frame.lift(host, ("mhc", record.key), name)
     _mirror(captured, analysis.gm, where)

@@ -95,7 +95,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(report.to_json())
     else:
         outcome = "all properties hold" if report.passed else "a property does not hold"
-        show(f"{report.model}: {outcome}", verify_tables(report))
+        show(f"{report.model}: {outcome}", verify_tables(report), report.notes)
     report.raise_if_failed()
     return 0
 

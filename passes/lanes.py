@@ -18,7 +18,7 @@ from mhc_compile.passes.lane_norms import NORMS, REDUCTIONS
 from mhc_compile.passes.lane_pointwise import DROPOUT, POINTWISE
 from mhc_compile.passes.lane_views import VIEWS
 from mhc_compile.passes.opnames import first_input, is_in_place, op_name
-from mhc_compile.passes.values import is_tensor, meta_of_part, rank
+from mhc_compile.passes.values import meta_of_part, rank
 
 _RULES = {**POINTWISE, **DROPOUT, **NORMS, **REDUCTIONS, **VIEWS}
 

@@ -14,7 +14,8 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.flow import FlowIndex
-from mhc_compile.passes.lanes import NotLiftable, plan_lane
+from mhc_compile.passes.lane import NotLiftable
+from mhc_compile.passes.lanes import plan_lane
 from mhc_compile.passes.layout import channel_axis
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.sites import Residuals, ResidualSite

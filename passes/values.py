@@ -8,7 +8,6 @@ to the compilation, so `dims` and `numel` hand out their expressions, which comp
 import math
 import re
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ VALUE_KEYS = ("example_value", "val", "tensor_meta")
 
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+# The forward that converted modules get runs around the user's own, and is not the user's.
+_OURS = "mhc_compile/guard.py"
 # What a Dynamo source passes through when the value is kept by a module.
 _STATE = ("._parameters[", "._buffers[", "._modules[")
 
@@ -88,12 +89,12 @@ def is_state(node: Node) -> bool:
 
 
 def source_line(node: Node) -> str:
-    """``file.py:123`` of the innermost frame that made the node; "" if none was recorded."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    if not frames:
-        return ""
-    path, line = frames[-1]
-    return f"{PurePath(path).name}:{line}"
+    """``file.py:123`` of the innermost user frame that made the node; "" if none was recorded."""
+    for path, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
+        path = path.replace(chr(92), "/")
+        if not path.endswith(_OURS):
+            return f"{path.rsplit('/', 1)[-1]}:{line}"
+    return ""
 
 
 def describe(node: Node) -> str:

@@ -17,7 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.passes.lanes import Lane, emit_lane
+from mhc_compile.passes.lane import Lane
+from mhc_compile.passes.lanes import emit_lane
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.plan import Boundary, Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of, meta_of_part
@@ -48,6 +49,15 @@ class Head:
     inputs: SiteInputs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A trunk whose streams go on in another graph."""
+
+    boundary: Boundary
+    is_end: bool
+    """Whether some use of its last site is the end of the trunk, where users see its value."""
+
+
 @dataclass(slots=True)
 class Widening:
     """Everything the rewrite needs beside the graph, and what it leaves for its caller."""
@@ -59,9 +69,8 @@ class Widening:
     """Trunk -> how it ends; the mean where a trunk is missing."""
     arriving: Mapping[Node, Lane] = field(default_factory=dict)
     """Values whose streams come from another graph: no expand there."""
-    departing: Sequence[Boundary] = ()
-    """Trunks that go on in another graph: what lies between their last sum and the output acts on
-    the streams. Any other trunk is collapsed right behind its last sum."""
+    departing: Sequence["Departure"] = ()
+    """Trunks whose streams go on in another graph."""
     middle: str = "mean"
     """How readers in the middle of a trunk see it: "mean" or "sum"."""
     lanes: dict[Node, Lane] = field(default_factory=dict)
@@ -101,8 +110,9 @@ class _Widener:
         for planned in self.widening.plan.sites:
             self._widen(planned)
         for departure in self.widening.departing:
-            for node in departure.region:
-                self._lift(node)
+            for node in departure.boundary.region:
+                # At an exit the plain operations stay as well: they act on the collapsed value.
+                self._lift(node, replace=not departure.is_end)
         gone = set(self.replaced)
         for value in self.replaced:
             self._serve_readers(value, gone)
@@ -140,10 +150,11 @@ class _Widener:
         _describe(node, planned.site.root, inputs.name)
         self.lanes[origin] = Lane(node, planned.dim, inputs.spec.streams)
 
-    def _lift(self, node: Node) -> None:
+    def _lift(self, node: Node, *, replace: bool = True) -> None:
         if node not in self.lanes:
             self.lanes[node] = emit_lane(self.graph, node, self.lanes)
-            self.replaced.append(node)
+            if replace:
+                self.replaced.append(node)
 
     def _pre(
         self, planned: PlannedSite, inputs: SiteInputs, state: Lane

@@ -132,6 +132,7 @@ _hf(
 )  # fmt: skip
 _hf("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", _causal(), use_parallel_residual=True, **_LM)
 _hf("llama", "LlamaForCausalLM", "LlamaConfig", _causal(), **_GQA)
+_hf("qwen3", "Qwen3ForCausalLM", "Qwen3Config", _causal(), head_dim=16, **_GQA)
 _hf(
     "mixtral", "MixtralForCausalLM", "MixtralConfig", _causal(),
     num_local_experts=4, num_experts_per_tok=2, **_GQA,

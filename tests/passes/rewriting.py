@@ -86,7 +86,11 @@ def planned(t: Traced, refused: Mapping[int, str] | None = None) -> Plan:
 
 
 def widen(
-    t: Traced, spec: SiteSpec = SPEC, *, noise: float = 0.0, refused: Mapping[int, str] | None = None
+    t: Traced,
+    spec: SiteSpec = SPEC,
+    *,
+    noise: float = 0.0,
+    refused: Mapping[int, str] | None = None,
 ) -> Plan:
     """Rewrite ``t.gm`` in place, with parameters that preserve its outputs (plus ``noise``)."""
     plan = planned(t, refused)

@@ -162,7 +162,7 @@ def test_dropout_drops_the_same_elements_of_every_stream(layout, dtype):
     def build(b, x):
         return b.call(F.dropout, x, 0.5, True)
 
-    shape, dim = layout
+    _shape, dim = layout
     alone, together, _ = run_lane(layout, build, dtype)
     zeros = together == 0
     assert 0.2 < zeros.float().mean() < 0.8
@@ -254,9 +254,7 @@ REDUCTIONS = {
         aten.var.correction, x, [axis], correction=0, keepdim=True
     ),
     "norm": lambda b, x, axis: b.method("norm", x, dim=axis, keepdim=True),
-    "vector norm": lambda b, x, axis: b.call(
-        aten.linalg_vector_norm.default, x, 2.0, [axis], True
-    ),
+    "vector norm": lambda b, x, axis: b.call(aten.linalg_vector_norm.default, x, 2.0, [axis], True),
 }
 
 
@@ -280,9 +278,7 @@ def test_reductions_that_drop_an_axis_move_the_channels(layout):
 
 
 def test_reductions_of_the_channels_and_of_everything_are_refused():
-    assert (
-        refusal(TOKENS, lambda b, x: b.method("mean", x, -1)) == "mean reduces the channels away"
-    )
+    assert refusal(TOKENS, lambda b, x: b.method("mean", x, -1)) == "mean reduces the channels away"
     assert refusal(TOKENS, lambda b, x: b.method("mean", x)) == "mean reduces the whole trunk"
     assert refusal(TOKENS, lambda b, x: b.call(torch.var, x, True)) == "var reduces the whole trunk"
 
