@@ -8,7 +8,6 @@ The result computes what the graph computed. A write that somebody else could se
 `find_residuals` and `plan_trunks` then refuse the sites it touches.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.opnames import first_input, inplace_flag, is_in_place, op_name, raw_name
-from mhc_compile.passes.values import VALUE_KEYS, dtype_of, meta_of_part
+from mhc_compile.passes.values import VALUE_KEYS, dtype_of, meta_of_part, value_of
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -84,7 +83,7 @@ def _inline_checkpoints(gm: GraphModule) -> bool:
 
 def _is_plain_checkpoint(gm: GraphModule, call: Node) -> bool:
     getter = call.args[0]
-    if not isinstance(getter, Node):
+    if not isinstance(getter, Node) or getter.op != "get_attr":
         return False
     # A selective policy decides operation by operation what is saved: our tags would override it.
     return "_checkpoint_context_fn" not in getattr(gm, str(getter.target)).meta
@@ -180,10 +179,8 @@ def _replace_write(graph: Graph, write: Node, target: Node, aliases: AliasIndex)
     call = _out_of_place(write)
     assert call is not None
     write.op, write.target, write.args, write.kwargs = call.op, call.target, call.args, call.kwargs
-    kept = dtype_of(target)
-    operands = [dtype for arg in write.all_input_nodes if (dtype := dtype_of(arg)) is not None]
-    promoted = functools.reduce(torch.promote_types, operands) if operands else kept
-    if kept is None or promoted == kept:
+    kept, promoted = dtype_of(target), _promoted(write, target)
+    if promoted == kept:
         return
     # ``x += f`` keeps the dtype of x, ``x + f`` promotes.
     with graph.inserting_after(write):
@@ -195,6 +192,16 @@ def _replace_write(graph: Graph, write: Node, target: Node, aliases: AliasIndex)
     }
     write.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     aliases.add_copy(cast, write)
+
+
+def _promoted(node: Node, first: Node) -> torch.dtype | None:
+    """The dtype that ``node`` has out of place: a tensor without axes does not promote others."""
+    value, dtype = value_of(first), dtype_of(first)
+    for arg in node.all_input_nodes:
+        other = value_of(arg)
+        if dtype is not None and isinstance(other, torch.Tensor):
+            dtype = torch.promote_types(dtype, torch.result_type(value, other))
+    return dtype
 
 
 def _out_of_place(node: Node) -> _Call | None:

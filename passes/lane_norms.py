@@ -28,7 +28,7 @@ def _plan_last_axes(node: Node, dim: int) -> int | NotLiftable:
 
 
 def _takes_first(user: Node) -> bool:
-    return user.target is operator.getitem and user.args[1] == 0
+    return user.target is operator.getitem and user.args[1:] == (0,)
 
 
 def _plan_getitem(node: Node, dim: int) -> int | NotLiftable:
@@ -60,9 +60,11 @@ def _axes(node: Node) -> list[int] | None:
     """The axes an operation works along, from the end; None where they are not given as ints."""
     source, at = first_input(node), _AXES_AT[op_name(node)]
     given = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
-    axes = given if isinstance(given, tuple | list) else [given]
-    if source is None or not axes or not all(type(axis) is int for axis in axes):
-        return None  # var(x, True): the flag is no axis
+    listed = given if isinstance(given, tuple | list) else [given]
+    # var(x, True): the flag is no axis
+    axes = [axis for axis in listed if isinstance(axis, int) and not isinstance(axis, bool)]
+    if source is None or not axes or len(axes) != len(listed):
+        return None
     return [axis - rank(source) if axis >= 0 else axis for axis in axes]
 
 

@@ -111,12 +111,8 @@ class _Widener:
             self._widen(planned)
         for departure in self.widening.departing:
             for node in departure.boundary.region:
-                if (
-                    departure.is_end
-                ):  # seen plain: the operations behind an exit act on the collapse
-                    self.lanes[node] = emit_lane(self.graph, node, self.lanes)
-                else:
-                    self._lift(node)
+                # At an exit the plain operations stay as well: they act on the collapsed value.
+                self._lift(node, replace=not departure.is_end)
         gone = set(self.replaced)
         for value in self.replaced:
             self._serve_readers(value, gone)
@@ -154,10 +150,11 @@ class _Widener:
         _describe(node, planned.site.root, inputs.name)
         self.lanes[origin] = Lane(node, planned.dim, inputs.spec.streams)
 
-    def _lift(self, node: Node) -> None:
+    def _lift(self, node: Node, *, replace: bool = True) -> None:
         if node not in self.lanes:
             self.lanes[node] = emit_lane(self.graph, node, self.lanes)
-            self.replaced.append(node)
+            if replace:
+                self.replaced.append(node)
 
     def _pre(
         self, planned: PlannedSite, inputs: SiteInputs, state: Lane

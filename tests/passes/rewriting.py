@@ -38,7 +38,7 @@ class Traced:
         values = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
         torch.manual_seed(0)
         outputs = [o for o in self.gm(*values) if isinstance(o, Tensor) and o.requires_grad]
-        loss = sum((o.double() * _weights(o)).sum() for o in outputs)
+        loss = sum((o.double() * output_weights(o)).sum() for o in outputs)
         wanted = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
         return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
@@ -140,6 +140,6 @@ def _leaf(value: Any) -> Any:
     return value
 
 
-def _weights(output: Tensor) -> Tensor:
+def output_weights(output: Tensor) -> Tensor:
     """Different for every element, so that no permutation of a gradient passes."""
     return torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape).cos()
