@@ -1,4 +1,4 @@
-"""The n streams pass from graph to graph, or the call is refused; they never start over silently."""
+"""The n streams pass from graph to graph, or the call is refused: they never start over."""
 
 import gc
 import weakref
