@@ -232,4 +232,3 @@ def test_a_state_passes_to_two_readers() -> None:
     converted(model, x, perturbed=False)
     compile_blocks_(model.blocks)
     assert_same(run(model, model, x), expected, output=2e-6, grad=1e-5)
-
