@@ -14,7 +14,7 @@ from mhc_compile.analysis import filtered
 from mhc_compile.capture import GraphObserver, capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
-from mhc_compile.guard import check_calls_, uncheck_calls_
+from mhc_compile.guard import check_calls_, refuse_wrapped, uncheck_calls_
 from mhc_compile.hosts import HostedSite
 from mhc_compile.kernels.init import initial_head, initial_parameters
 from mhc_compile.match import SEEN, sites_of
@@ -113,7 +113,13 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def revert_(model: nn.Module) -> None:
-    """Take all hyper-connection parameters off again, in place; the model is then the plain one."""
+    """Take all hyper-connection parameters off again, in place; the model is then the plain one.
+
+    Raises:
+        UnsupportedGraphError: a module was wrapped in a new class (``fully_shard``) meanwhile.
+    """
+    for module in model.modules():
+        refuse_wrapped(module)
     for module in list(model.modules()):
         detach_(module)
         vars(module).pop(SEEN, None)

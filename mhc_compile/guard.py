@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mhc_compile.errors import MHCWarning, NotCompiledError
+from mhc_compile.errors import MHCWarning, NotCompiledError, UnsupportedGraphError
 
 Policy = Literal["raise", "warn", "ignore"]
 _POLICIES: tuple[Policy, ...] = ("raise", "warn", "ignore")
@@ -114,14 +114,27 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def is_checked(module: nn.Module) -> bool:
-    """Whether the module's class is a generated one."""
-    return getattr(type(module), "_mhc_class", None) is type(module)
+    """Whether the module's class is a generated one, or made from one (FSDP2 does that)."""
+    return hasattr(type(module), "_mhc_class")
 
 
 def check_calls_(module: nn.Module, signature: str, policy: Policy) -> None:
     """Make ``module``, which is not checked yet, check its calls, in place."""
     module._mhc_policy = _POLICIES.index(policy)  # type: ignore[assignment]
     module.__class__ = checked_class(type(module), signature)
+
+
+def refuse_wrapped(module: nn.Module) -> None:
+    """Make sure that `uncheck_calls_` can give ``module`` its class back.
+
+    Raises:
+        UnsupportedGraphError: something made a class of its own from the generated one.
+    """
+    if is_checked(module) and "_mhc_class" not in vars(type(module)):
+        raise UnsupportedGraphError(
+            f"{type(module).__name__} changed its class after the conversion (fully_shard does "
+            "that): take the parameters off before"
+        )
 
 
 def uncheck_calls_(module: nn.Module) -> None:
