@@ -97,7 +97,9 @@ class _Widener:
         self.graph = graph
         self.widening = widening
         self.lanes = widening.lanes
-        self.replaced: list[Node] = []  # values that now live in a lane, operands before their readers
+        self.replaced: list[
+            Node
+        ] = []  # values that now live in a lane, operands before their readers
         inputs = list(graph.find_nodes(op="placeholder"))
         self.last_input = inputs[-1] if inputs else next(iter(graph.nodes))
         self.heads = {

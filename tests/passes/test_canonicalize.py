@@ -143,7 +143,9 @@ def test_a_write_that_nobody_else_sees_becomes_plain(forward):
     assert not in_place(t)
 
 
-@pytest.mark.parametrize("forward", [iadd, add_, mul_, relu_method, chain], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "forward", [iadd, add_, mul_, relu_method, chain], ids=lambda f: f.__name__
+)
 def test_a_write_in_an_exported_graph_becomes_plain(forward):
     t = exported(Model(forward), torch.randn(2, 4))
     assert in_place(t)

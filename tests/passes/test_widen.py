@@ -1,4 +1,3 @@
-import operator
 from collections import Counter
 
 import pytest
