@@ -29,7 +29,7 @@ def _plan_last_axes(node: Node, dim: int) -> int | NotLiftable:
 
 
 def _takes_first(user: Node) -> bool:
-    return user.target is operator.getitem and user.args[1] == 0
+    return user.target is operator.getitem and user.args[1:] == (0,)
 
 
 def _plan_getitem(node: Node, dim: int) -> int | NotLiftable:
