@@ -23,8 +23,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# torch writes its structured trace for any handler it finds, and pytest's takes every record: a third
-# of the time of a test that compiles.
+# torch writes its structured trace for any handler it finds, and pytest's takes every record: a
+# third of the time of a test that compiles.
 logging.getLogger("torch.__trace").propagate = False
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
