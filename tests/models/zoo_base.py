@@ -14,6 +14,8 @@ from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# transformers imports a package "kernels" if it finds one: not our folder of that name.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 Inputs = dict[str, Any]
 BATCH, SEQ, VOCAB = 2, 16, 99
