@@ -97,7 +97,9 @@ class _Widener:
         self.graph = graph
         self.widening = widening
         self.lanes = widening.lanes
-        self.replaced: list[Node] = []  # nodes whose value now lives in a lane, in graph order
+        self.replaced: list[
+            Node
+        ] = []  # values that now live in a lane, operands before their readers
         inputs = list(graph.find_nodes(op="placeholder"))
         self.last_input = inputs[-1] if inputs else next(iter(graph.nodes))
         self.heads = {
@@ -191,7 +193,7 @@ class _Widener:
         while (new := new.next) is not site.root:
             _describe(new, site.root, inputs.name)
         self.lanes[site.root] = Lane(post, skip.dim, skip.streams)
-        self.replaced += [*site.inner, site.root]
+        self.replaced += [*reversed(site.inner), site.root]  # operands first
 
     def _sum(self, branches: Sequence[Node], dtype: torch.dtype | None) -> Node:
         """The sum of all branches: in the dtype of the whole sum, for their order may change."""

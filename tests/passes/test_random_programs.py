@@ -32,6 +32,7 @@ def check_graph(program: Any, latent: bool = False) -> None:
     plan = widen(t)
     assert_same(t.run(), outputs, 5e-6)
     assert_gradients(t.gradients()[: len(gradients)], gradients)
+    assert all(n.users for n in t.gm.graph.nodes if n.op.startswith("call") and n.name not in names)
     counts = Counter(op_name(node) for node in t.gm.graph.nodes)
     assert counts["mhc.pre"] == counts["mhc.post"] == len(plan.sites)
     assert counts["mhc.expand"] == len(plan.trunks)
