@@ -99,7 +99,7 @@ class Frame:
         code, root = self._tx.f_code, self.root
         forward = getattr(type(root), "forward", None)
         if forward is not None and getattr(forward, "__code__", None) is code:
-            # perhaps the check around the user's own forward
+            # Of a converted module this is ours, see `mhc_compile.guard`: name the user's.
             code = getattr(inspect.unwrap(forward), "__code__", code)
         elif root is not None and code.co_name != "forward":  # a wrapper of torch's around it
             return f"the forward of {type(root).__name__}"
@@ -109,29 +109,17 @@ class Frame:
         """A placeholder of the captured graph for a parameter below ``owner``.
 
         Dynamo itself makes it, with its guards, as if the user's code had read the parameter; it
-        then
-        passes the parameter on every call. Lifting one twice gives the same placeholder.
+        then passes the parameter on every call. Lifting one twice gives the same placeholder.
         """
-        source, module = self._below(owner, path)
+        source, module = self._source_of(owner), owner
+        for key in path:
+            source = ModuleSource(DictGetItemSource(AttrSource(source, "_modules"), key))
+            module = module.get_submodule(key)
         source = DictGetItemSource(ParameterSource(source, "_parameters"), name)
         node = VariableBuilder(self._tx, source)(getattr(module, name)).as_proxy().node
         node._dynamo_source = node.meta["grapharg"].source
         assert isinstance(node, Node)
         return node
-
-    def guard(self, owner: nn.Module, path: Sequence[str], name: str) -> None:
-        """Recompile when attribute ``name`` (a str) of submodule ``path`` of ``owner`` differs."""
-        source, module = self._below(owner, path)
-        # A lazy constant would be guarded on only once something reads it.
-        build = VariableBuilder(self._tx, AttrSource(source, name), allow_lazy_constant=False)
-        build(getattr(module, name))
-
-    def _below(self, owner: nn.Module, path: Sequence[str]) -> tuple[Source, nn.Module]:
-        source, module = self._source_of(owner), owner
-        for key in path:
-            source = ModuleSource(DictGetItemSource(AttrSource(source, "_modules"), key))
-            module = module.get_submodule(key)
-        return source, module
 
     def _named_modules(self) -> Iterator[tuple[Source, nn.Module]]:
         """Modules on the source chain of any input of the graph, and the frame's own variables."""
@@ -240,8 +228,15 @@ def passing_through(error: Exception) -> Exception:
     catch.
     """
     kind = type(error)
-    cls = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
-    return cls(str(error), first_useful_frame=None).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+    def init(self: Any, message: str) -> None:
+        # A ValueError among the bases keeps the initialisers from calling each other.
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+    cls = type(kind.__name__, (kind, ShortenTraceback), {
+        "__module__": kind.__module__, "__init__": init,
+    })  # fmt: skip
+    return cls(str(error)).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
 
 
 def reset_dynamo() -> None:

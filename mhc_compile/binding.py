@@ -94,7 +94,6 @@ def lift_parameters(
         record, host = records[planned.index], host_of(analysis, planned)
         sites = sites_of(host)
         assert sites is not None
-        frame.guard(host, ("mhc",), "signature")
         for name in parameter_names(sites, record):
             lifted[id(host), record.key, name] = frame.lift(host, ("mhc", record.key), name)
     _mirror(captured, analysis.gm, where)

@@ -67,7 +67,7 @@ class Borders:
                 raise UnsupportedGraphError(
                     f"{first.key} ({first.source}) continues a trunk, and in this graph nothing "
                     "leads to the site before it: a graph break cuts the trunk there "
-                    "(TORCH_LOGS=graph_breaks shows it)"
+                    "(TORCH_LOGS=graph_breaks shows it), or an add that conversion did not see"
                 )
             if departure is not None and last.continues:
                 self.departures.append(Departure(departure, last.ends))

@@ -153,7 +153,7 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
         for host, sites in ready:
             done.append(host)
             host.add_module("mhc", sites)
-            check_calls_(host, config.on_eager)
+            check_calls_(host, sites.signature, config.on_eager)
     except BaseException:
         for host in done:
             detach_(host)

@@ -84,5 +84,4 @@ class MHCSites(nn.ModuleDict):
         self.records = records
         self.config = dict(config)
         self.signature = repr((records, sorted(self.config.items())))
-        """All that is compiled into a graph beside the parameters. Dynamo guards on it: one graph
-        serves all layers of one signature, and no other."""
+        """All that is compiled into a graph beside the parameters: see `checked_class`."""

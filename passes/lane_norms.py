@@ -1,7 +1,6 @@
 """Per-stream rules for norms and reductions: what looks along axes of one stream."""
 
 import operator
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -61,9 +60,11 @@ def _axes(node: Node) -> list[int] | None:
     """The axes an operation works along, from the end; None where they are not given as ints."""
     source, at = first_input(node), _AXES_AT[op_name(node)]
     given = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
-    axes: list[Any] = list(given) if isinstance(given, tuple | list) else [given]
-    if source is None or not axes or not all(type(axis) is int for axis in axes):
-        return None  # var(x, True): the flag is no axis
+    listed = given if isinstance(given, tuple | list) else [given]
+    # var(x, True): the flag is no axis
+    axes = [axis for axis in listed if isinstance(axis, int) and not isinstance(axis, bool)]
+    if source is None or not axes or len(axes) != len(listed):
+        return None
     return [axis - rank(source) if axis >= 0 else axis for axis in axes]
 
 

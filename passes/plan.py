@@ -17,7 +17,6 @@ from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.lane import NotLiftable
 from mhc_compile.passes.lanes import plan_lane
 from mhc_compile.passes.layout import channel_axis
-from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.sites import Residuals, ResidualSite
 from mhc_compile.passes.trunks import RootSearch, branch_nodes
 from mhc_compile.passes.values import describe, dims, dtype_of, is_state, rank
@@ -251,8 +250,3 @@ class _Planner:
             if followed is not None:
                 plan.dims.update(followed)
                 plan.departures[lasts[root]] = Boundary(value, position, plan.dims[value], region)
-
-
-def on_trunk(planned: PlannedSite) -> tuple[str, ...]:
-    """Names of the operations between the previous site and this one."""
-    return tuple(op_name(node) for node in planned.region)

@@ -128,4 +128,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _size(size: Any) -> int | Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression  # a size that turned out fixed
