@@ -293,9 +293,12 @@ class Net(nn.Module):
 
 
 KINDS = tuple(_KINDS)
-programs = st.lists(
-    st.tuples(st.sampled_from(KINDS), st.none() | st.integers(0, 3)), min_size=1, max_size=5
-)
+
+
+def programs(longest: int) -> st.SearchStrategy[list[tuple[str, int | None]]]:
+    """Programs of up to so many steps."""
+    step = st.tuples(st.sampled_from(KINDS), st.none() | st.integers(0, 3))
+    return st.lists(step, min_size=1, max_size=longest)
 
 
 def example(program: list[tuple[str, int | None]], latent: bool = False) -> tuple[Net, Any]:

@@ -68,27 +68,27 @@ def test_every_kind_of_step_keeps_outputs_and_gradients(kind):
 
 
 @settings(max_examples=25)
-@given(programs, st.booleans())
+@given(programs(2), st.booleans())
 @also([("skip_first", None), ("skip_first", 0)], True)
 def test_random_programs_keep_outputs_and_gradients(program, latent):
     check_graph(program, latent)
 
 
 @settings(max_examples=5)
-@given(programs)
+@given(programs(2))
 def test_random_models_compute_the_same_compiled_and_rewritten(program):
     check_model(program)
 
 
 @pytest.mark.slow
 @settings(max_examples=300)
-@given(programs, st.booleans())
+@given(programs(5), st.booleans())
 def test_many_random_programs_keep_outputs_and_gradients(program, latent):
     check_graph(program, latent)
 
 
 @pytest.mark.slow
 @settings(max_examples=100)
-@given(programs)
+@given(programs(5))
 def test_many_random_models_compute_the_same_compiled_and_rewritten(program):
     check_model(program)
