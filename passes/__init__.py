@@ -2,6 +2,6 @@
 
 if __name__ != "mhc_compile.passes":
     raise ImportError(
-        f"import it as mhc_compile.passes, not {__name__!r}: the folder lies at the root of "
-        "the checkout but installs inside mhc_compile"
+        f"import it as mhc_compile.passes, not {__name__!r}: the folder lies at the root of the "
+        "checkout but installs inside mhc_compile"
     )

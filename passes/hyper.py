@@ -44,9 +44,21 @@ def _mixes_streams(index: FlowIndex, matrix: Node) -> bool:
             if len(flat) < len(dims(node)) and flat[-1:] == (shape[-1] ** 2,):
                 folded = True
                 continue
-        if mixes(node):
+        if mixes(node) or _moves_matrix(node):
             return False
         above = [n for n in index.varying_inputs(node) if n not in seen]
         stack += above
         seen.update(above)
     return folded
+
+
+def _moves_matrix(node: Node) -> bool:
+    """Whether other axes take the place of the last two: heads of attention, no matrix a token."""
+    if op_name(node) not in ("permute", "transpose", "movedim", "moveaxis"):
+        return False
+    rank = len(dims(node))
+    axes = node.args[1] if len(node.args) == 2 else node.args[1:]
+    if not isinstance(axes, tuple | list) or not all(isinstance(axis, int) for axis in axes):
+        return True
+    kept = axes[-2:] if op_name(node) == "permute" else axes
+    return {int(axis) % rank for axis in kept} != {rank - 1, rank - 2}

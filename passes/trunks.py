@@ -75,18 +75,29 @@ class RootSearch:
     def above(self, value: Node) -> Node | None:
         """The root that ``value`` stems from (or is); None if the trunk ends in between."""
         index, node = self._index, value
+        beside: list[Node] = []  # what was computed from the trunk, and meets it again
         while node not in self._roots:
             if mixes(node) or op_name(node) in _SPLITS:
                 return None
             inputs = [n for n in index.inputs(node) if n in self._moving]
-            above = min(inputs, key=index.position.__getitem__, default=None)
-            # x * rsqrt(mean(x * x)): the trunk is the input that the others are computed from
-            if above is None or not all(index.depends(n, above) for n in inputs if n is not above):
+            if is_tensor(node):
+                whole = [n for n in inputs if not is_tensor(n) or numel(n) == numel(node)]
+            else:
+                whole = inputs
+            above = min(whole, key=index.position.__getitem__, default=None)
+            if above is None:
                 return None
-            if is_tensor(above) and is_tensor(node) and numel(above) != numel(node):
-                return None
+            beside += [n for n in inputs if n is not above]
             node = above
-        return node
+        return node if all(self._accompanies(n, node) for n in beside) else None
+
+    def _accompanies(self, value: Node, root: Node) -> bool:
+        """Whether ``value`` is a statistic of the trunk: ``mean(x * x)`` in a written-out norm.
+
+        It is computed from the root, and by nothing that mixes.
+        """
+        between = self._index.between(root, (value,))
+        return value is root or (value in between and not any(mixes(n) for n in between))
 
 
 def _heir(index: FlowIndex, sites: Sequence[ResidualSite], heirs: list[int]) -> int:

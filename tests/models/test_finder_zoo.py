@@ -1,6 +1,5 @@
 """The finder on real architectures: every site and no other, in the right trunks."""
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Iterator
@@ -15,25 +14,11 @@ from tests.passes.graphs import captures
 
 TRUTH = json.loads((Path(__file__).parent / "truth.json").read_text())
 FAST = {"gpt2", "gpt_neox", "bert", "t5", "wav2vec2", "resnet18"}
-DIFFUSERS = {"unet2d_cond", "dit", "flux"}
 
 
 def models(names: Iterator[str]) -> list[object]:
     """The names as test parameters; all but a few are slow."""
-    no_requests = pytest.mark.skipif(
-        importlib.util.find_spec("requests") is None,
-        reason="diffusers imports the package requests without installing it",
-    )
-    return [
-        pytest.param(
-            name,
-            marks=[
-                *([] if name in FAST else [pytest.mark.slow]),
-                *([no_requests] if name in DIFFUSERS else []),
-            ],
-        )
-        for name in names
-    ]
+    return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in names]
 
 
 def check(name: str, found: list[Residuals]) -> None:

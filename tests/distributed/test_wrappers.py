@@ -1,0 +1,68 @@
+"""DistributedDataParallel and FSDP2 around converted models, one process each."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import mhc_compile
+from mhc_compile import NotCompiledError, UnsupportedGraphError
+from tests.nets import Net, assert_same, compile_blocks_, compiled, converted, example, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_graph_that_ddp_cuts_is_refused_with_the_advice() -> None:
+    x = torch.randn(2, 512)  # wide enough for more than one bucket
+    model = DistributedDataParallel(converted(Net(width=512), x), bucket_cap_mb=1)
+    with pytest.raises(UnsupportedGraphError, match=r"optimize_ddp = False"):
+        compiled(model)(x)
+
+
+@torch._dynamo.config.patch(optimize_ddp=False)
+def test_without_the_cut_ddp_computes_the_same() -> None:
+    x = example()
+    model = converted(Net(), x)
+    expected = run(compiled(model, "aot_eager"), model, x)
+    wrapped = DistributedDataParallel(model)
+    assert_same(run(compiled(wrapped, "aot_eager"), model, x), expected)
+    with pytest.raises(NotCompiledError):
+        wrapped(x)
+
+
+def test_blocks_compiled_one_by_one_need_no_setting_under_ddp() -> None:
+    x = example()
+    model = converted(Net(), x)
+    expected = run(compiled(model, "aot_eager"), model, x)
+    compile_blocks_(model.blocks, "aot_eager")
+    assert_same(run(DistributedDataParallel(model), model, x), expected)
+
+
+@pytest.mark.parametrize("per_block", [True, False])
+def test_fsdp_carries_the_streams_from_block_to_block(per_block: bool) -> None:
+    x = example()
+    model = converted(Net(3), x)
+    expected = run(compiled(model, "aot_eager"), model, x)
+    sharded = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    if per_block:
+        compile_blocks_(sharded.blocks, "aot_eager")
+    call = sharded if per_block else compiled(sharded, "aot_eager")
+    with pytest.raises(UnsupportedGraphError, match="fully_shard"):
+        mhc_compile.revert_(sharded)
+    output, gradients = run(call, sharded, x)
+    full = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    assert_same((output, full), expected)
