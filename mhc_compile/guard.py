@@ -41,7 +41,8 @@ def _report(policy: Policy, what: str) -> None:
         f"a model converted to hyper-connections {what}, which computes the plain residual "
         'network. Call torch.compile(model, backend="mhc"), use mhc_compile.rewrite(model, ...), '
         "or take the parameters off with mhc_compile.revert_(model). If Dynamo gave up (graph "
-        'break, recompile limit), run with TORCH_LOGS="recompiles,graph_breaks". '
+        'break, recompile limit), TORCH_LOGS="recompiles,graph_breaks" shows why, and '
+        "torch._dynamo.config.recompile_limit = 64 may be enough. "
         'MHCConfig(on_eager="warn") or "ignore" allows it'
     )
     if policy == "raise":
