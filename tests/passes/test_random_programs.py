@@ -42,15 +42,23 @@ def check_graph(program: Any, latent: bool = False) -> None:
 
 
 def check_model(program: Any) -> None:
-    """Convert and compile the model of a program, and rewrite its export."""
+    """Convert and compile the model of a program, and rewrite its export; change its parameters."""
     net, x = example(program)
     outputs, gradients = _run(net, net, x)
     mhc_compile.convert_(net, x)
     compiled = torch.compile(net, backend="mhc", options={"inner": "eager"})
-    for function in (compiled, mhc_compile.rewrite(net, x)):
+    rewritten = mhc_compile.rewrite(net, x)
+    for function in (compiled, rewritten):
         found, grads = _run(function, net, x)
         assert_same(found, outputs, 5e-6)
         assert_gradients(grads, gradients)
+    with torch.no_grad():  # streams that differ: both dialects must widen alike
+        for _, parameter in mhc_compile.mhc_parameters(net):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    found, grads = _run(compiled, net, x)
+    others, other_grads = _run(rewritten, net, x)
+    assert_same(found, others, 1e-5)
+    assert_gradients(grads, other_grads)
 
 
 def _run(function: Any, net: torch.nn.Module, x: torch.Tensor) -> Any:
