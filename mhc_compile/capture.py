@@ -15,6 +15,7 @@ from mhc_compile._torch_private import Frame, copy_captured, reset_dynamo, witho
 from mhc_compile.analysis import Analysis, Refuse, analyse
 from mhc_compile.errors import MHCError
 from mhc_compile.hosts import HostedSite, erase_markers, resolve_by_id
+from mhc_compile.passes.values import is_state
 
 GraphObserver = Callable[[int, str, GraphModule], None]
 """Sees (number of the graph, name of the pass or "before", the graph)."""
@@ -38,7 +39,7 @@ class Capture:
     graphs: list[Analysis] = field(default_factory=list)
     pieces: list[TrunkPiece] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)
-    """How often each graph ran: a shared one only shows its first owner."""
+    """For how many modules each graph ran: a shared one only shows its first owner."""
 
 
 def capture_model(
@@ -99,9 +100,18 @@ class _Collector:
                 erase_markers(module.graph)
                 module.recompile()
 
+        inputs = [node for node in copy.graph.nodes if node.op == "placeholder"]
+        states = [position for position, node in enumerate(inputs) if is_state(node)]
+        owners: list[list[int]] = []
+
         @without_tracing
         def run(*args: Any) -> Any:
-            self.capture.runs[number] += 1
+            owner = [id(args[position]) for position in states]
+            if owner not in owners:
+                owners.append(owner)
+                self.capture.runs[number] += 1
+            if owner != owners[0]:  # its sites are left as they are, so no streams pass through
+                return runner(*args)
             for piece, arrival in zip(pieces, analysis.plan.arrivals, strict=True):
                 if arrival is not None and piece.previous is None:
                     found = carry.get(args[arrival.position], arrival.dim)
