@@ -2,8 +2,9 @@
 
     python -m benchmarks.passes [--layers 100 200 400] [--repeat 5] [--json FILE]
 
-The graph is that of a Llama-like decoder, written node by node (61 nodes and two residual sites a
-layer), so that no model has to be built or captured. The time is the best of the repetitions.
+Canonicalize, find, plan and widen run one after the other on the graph of a Llama-like decoder. It
+is written node by node (61 nodes and two residual sites a layer), so that no model has to be built
+or captured. Each time is the best of the repetitions.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
+from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.passes.canonicalize import canonicalize_pass
+from mhc_compile.passes.plan import Plan, plan_trunks
 from mhc_compile.passes.residuals import find_residuals
+from mhc_compile.passes.widen import SiteInputs, Widening, widen_trunks_pass
 
 _WIDTH, _HEADS, _HIDDEN = 64, 4, 96
 _TOKENS = (2, 16)
@@ -30,12 +36,20 @@ _TOKENS = (2, 16)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One size of graph."""
+    """One size of graph; times in seconds."""
 
     layers: int
     nodes: int
     sites: int
-    seconds: float
+    canonicalize: float
+    find: float
+    plan: float
+    widen: float
+
+    @property
+    def total(self) -> float:
+        """All passes together."""
+        return self.canonicalize + self.find + self.plan + self.widen
 
 
 class _Decoder:
@@ -43,6 +57,7 @@ class _Decoder:
 
     def __init__(self, layers: int) -> None:
         self.graph = Graph()
+        self._inputs = 0
         x = self._input(*_TOKENS, _WIDTH)
         tables = (self._input(1, 1, _TOKENS[1], 16), self._input(1, 1, _TOKENS[1], 16))
         for _ in range(layers):
@@ -54,11 +69,14 @@ class _Decoder:
         return node
 
     def _input(self, *shape: int) -> Node:
-        return self._value(self.graph.placeholder("x"), torch.empty(shape, device="meta"))
+        return self._placeholder(torch.empty(shape, device="meta"))
 
     def _weight(self, *shape: int) -> Node:
-        value = nn.Parameter(torch.empty(shape, device="meta"))
-        return self._value(self.graph.placeholder("w"), value)
+        return self._placeholder(nn.Parameter(torch.empty(shape, device="meta")))
+
+    def _placeholder(self, value: torch.Tensor) -> Node:
+        self._inputs += 1
+        return self._value(self.graph.placeholder(f"in{self._inputs}"), value)
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         values = torch.fx.node.map_arg(args, lambda node: node.meta["example_value"])
@@ -98,15 +116,42 @@ class _Decoder:
         return self._call(operator.add, x, self._project(hidden, _WIDTH))
 
 
+def _widening(graph: Graph, plan: Plan) -> Widening:
+    """Placeholders for the parameters of every planned site."""
+    inputs = {}
+    with graph.inserting_before(next(iter(graph.nodes))):
+        for planned in plan.sites:
+            spec = SiteSpec(streams=4, dim=planned.dim)
+            bias, phi, alpha = (
+                graph.placeholder(f"{name}{planned.index}") for name in ("bias", "phi", "alpha")
+            )
+            inputs[planned.index] = SiteInputs(f"add{planned.index}", spec, bias, phi, alpha)
+    return Widening(plan, inputs)
+
+
 def measure(layers: int, repeat: int) -> Row:
-    """Best time of `find_residuals` over ``repeat`` runs on a decoder of ``layers`` layers."""
-    graph = _Decoder(layers).graph
-    best = float("inf")
+    """Best time of each pass over ``repeat`` runs on a decoder of ``layers`` layers."""
+    decoder = _Decoder(layers).graph
+    best = [float("inf")] * 4
+    sites = 0
     for _ in range(repeat):
+        graph = Graph()
+        graph.output(graph.graph_copy(decoder, {}))
+        gm = GraphModule(nn.Module(), graph)
+        marks = [time.perf_counter()]
+        canonicalize_pass(gm, ())
+        marks.append(time.perf_counter())
+        found = find_residuals(gm.graph)
+        marks.append(time.perf_counter())
+        plan = plan_trunks(gm.graph, found, {})
+        marks.append(time.perf_counter())
+        widening = _widening(gm.graph, plan)
         start = time.perf_counter()
-        found = find_residuals(graph)
-        best = min(best, time.perf_counter() - start)
-    return Row(layers, len(graph.nodes), len(found.sites), best)
+        widen_trunks_pass(gm, (), widening=widening)
+        spent = [after - before for before, after in pairwise(marks)]
+        best = list(map(min, best, [*spent, time.perf_counter() - start]))
+        sites = len(plan.sites)
+    return Row(layers, len(decoder.nodes), sites, *best)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,15 +162,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     rows = [measure(layers, options.repeat) for layers in options.layers]
-    table = Table("layers", "nodes", "sites", "seconds", "us per node", title="find_residuals")
+    table = Table(title="graph passes, seconds")
+    for name in ("layers", "nodes", "sites", "canonicalize", "find", "plan", "widen", "total"):
+        table.add_column(name, justify="right")
+    table.add_column("us per node", justify="right")
     for row in rows:
-        per_node = f"{row.seconds / row.nodes * 1e6:.1f}"
-        table.add_row(
-            str(row.layers), str(row.nodes), str(row.sites), f"{row.seconds:.3f}", per_node
-        )
+        counts = (row.layers, row.nodes, row.sites)
+        times = (row.canonicalize, row.find, row.plan, row.widen, row.total)
+        per_node = f"{row.total / row.nodes * 1e6:.1f}"
+        table.add_row(*map(str, counts), *(f"{seconds:.3f}" for seconds in times), per_node)
     Console().print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        entries = [{**asdict(row), "total": row.total} for row in rows]
+        options.json.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -141,24 +141,17 @@ def train(
         (trunk,) = mhc_compile.stability(model, example).trunks
         row["forward_gain"] = trunk.composite.forward_gain
         row["backward_gain"] = trunk.composite.backward_gain
-        row["stream_spread"] = trunk.spread
+        row["spread"] = trunk.spread
     return row
 
 
 def show(rows: list[dict[str, float | str | int]], steps: int) -> None:
     """Print the results as a table."""
     table = Table(title=f"After {steps} steps", title_justify="left")
-    table.add_column("model")
-    titles = (
-        "parameters",
-        "first loss",
-        "last loss",
-        "forward gain",
-        "backward gain",
-        "stream spread",
-    )
+    table.add_column("model", no_wrap=True)
+    titles = ("parameters", "first loss", "last loss", "forward gain", "backward gain", "spread")
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title.replace(" ", "\n"), justify="right")
     for row in rows:
         cells = [row.get(title.replace(" ", "_")) for title in titles]
         texts = [
@@ -169,8 +162,8 @@ def show(rows: list[dict[str, float | str | int]], steps: int) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Last loss: mean of the last 10 steps. Gains: of the product of all stream mixings,\n"
-        "averaged over the tokens of one batch; 1 neither amplifies nor damps. Spread: how far\n"
+        "Last loss: mean of the last 10 steps. Gains: of the product of all stream mixings, "
+        "averaged over the tokens of one batch; 1 neither amplifies nor damps. Spread: how far "
         "the streams are apart at the end of the trunk."
     )
 

@@ -3,6 +3,7 @@
 `tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import ShortenTraceback
-from torch._dynamo.source import AttrSource, DictGetItemSource
+from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.source import UnspecializedNNModuleSource as ModuleSource
 from torch._dynamo.source import UnspecializedParamBufferSource as ParameterSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -32,10 +33,11 @@ class Frame:
         self._gm = gm
         self._sources: dict[int, Source] = {}
         self._modules: dict[int, nn.Module] = {}
-        for name, value in self._named_modules():
-            for module in value.modules():
-                self._modules.setdefault(id(module), module)
-            self._sources.setdefault(id(value), name)
+        for source, value in self._named_modules():
+            self._sources.setdefault(id(value), source)
+            if id(value) not in self._modules:  # a part of one that is known brings nothing new
+                for module in value.modules():
+                    self._modules.setdefault(id(module), module)
 
     @classmethod
     def current(cls, gm: GraphModule) -> "Frame":
@@ -70,8 +72,8 @@ class Frame:
         first = scope.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(first, nn.Module):
             return first
-        # A resumed frame reorders its variables; a wrapped forward keeps `self` in a closure.
-        found = scope.get("self")
+        # A resumed frame reorders its variables; torch wraps the forward of its own modules.
+        found = scope.get("self", scope.get("fn"))
         return found if isinstance(found, nn.Module) else None
 
     @property
@@ -94,15 +96,20 @@ class Frame:
     @property
     def where(self) -> str:
         """``function (file:line)`` of the frame, for messages."""
-        code = self._tx.f_code
+        code, root = self._tx.f_code, self.root
+        forward = getattr(type(root), "forward", None)
+        if forward is not None and getattr(forward, "__code__", None) is code:
+            # Of a converted module this is ours, see `mhc_compile.guard`: name the user's.
+            code = getattr(inspect.unwrap(forward), "__code__", code)
+        elif root is not None and code.co_name != "forward":  # a wrapper of torch's around it
+            return f"the forward of {type(root).__name__}"
         return f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
 
     def lift(self, owner: nn.Module, path: Sequence[str], name: str) -> Node:
         """A placeholder of the captured graph for a parameter below ``owner``.
 
         Dynamo itself makes it, with its guards, as if the user's code had read the parameter; it
-        then
-        passes the parameter on every call. Lifting one twice gives the same placeholder.
+        then passes the parameter on every call. Lifting one twice gives the same placeholder.
         """
         source, module = self._source_of(owner), owner
         for key in path:
@@ -116,21 +123,21 @@ class Frame:
 
     def _named_modules(self) -> Iterator[tuple[Source, nn.Module]]:
         """Modules on the source chain of any input of the graph, and the frame's own variables."""
-        from torch._dynamo.source import LocalSource
-
-        scope = self._tx.output.local_scope
-        for name, value in scope.items():
-            if isinstance(value, nn.Module):
-                yield ModuleSource(LocalSource(name, is_input=True)), value
         seen: set[str] = set()
         for node in self._gm.graph.nodes:
             source = getattr(node, "_dynamo_source", None) if node.op == "placeholder" else None
-            while source is not None and source.name not in seen:
-                seen.add(source.name)
-                value = self._evaluate(source)
-                if isinstance(value, nn.Module):
-                    yield source, value
+            while source is not None:
+                if source.name not in seen:  # a source and its wrapper share their name
+                    seen.add(source.name)
+                    value = self._evaluate(source)
+                    if isinstance(value, nn.Module):
+                        yield source, value
                 source = getattr(source, "base", None)
+        # A variable of an enclosing function is in the scope too, but is no local to load.
+        for name in self._tx.f_code.co_varnames:
+            value = self._tx.output.local_scope.get(name)
+            if isinstance(value, nn.Module):
+                yield ModuleSource(LocalSource(name, is_input=True)), value
 
     def _evaluate(self, source: Source) -> Any:
         try:
@@ -221,8 +228,15 @@ def passing_through(error: Exception) -> Exception:
     catch.
     """
     kind = type(error)
-    cls = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
-    return cls(str(error), first_useful_frame=None).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+    def init(self: Any, message: str) -> None:
+        # A ValueError among the bases keeps the initialisers from calling each other.
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+    cls = type(kind.__name__, (kind, ShortenTraceback), {
+        "__module__": kind.__module__, "__init__": init,
+    })  # fmt: skip
+    return cls(str(error)).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
 
 
 def reset_dynamo() -> None:

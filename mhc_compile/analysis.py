@@ -1,7 +1,7 @@
 """Look at one captured graph: its sites, who keeps them, and what would be rewritten."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -48,9 +48,18 @@ def analyse(
     gm.recompile()
     residuals = find_residuals(gm.graph)
     hosted = hosted_sites(residuals, resolve)
-    refused = {site.index: site.refusal for site in hosted if site.refusal}
-    refused.update(refuse(hosted))
-    return Analysis(gm, residuals, hosted, plan_trunks(gm.graph, residuals, refused), markers)
+    return _planned(Analysis(gm, residuals, hosted, Plan(), markers), refuse)
+
+
+def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> Analysis:
+    """The analysis of the same graph when it runs for other modules."""
+    return _planned(replace(analysis, hosted=hosted), refuse)
+
+
+def _planned(analysis: Analysis, refuse: Refuse) -> Analysis:
+    refused = {site.index: site.refusal for site in analysis.hosted if site.refusal}
+    refused.update(refuse(analysis.hosted))
+    return replace(analysis, plan=plan_trunks(analysis.gm.graph, analysis.residuals, refused))
 
 
 def filtered(name: str, config: MHCConfig) -> str | None:

@@ -20,7 +20,7 @@ from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.hosts import resolve_by_id
-from mhc_compile.lazy import convert_now
+from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, check_options, sites_of
 from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
 
@@ -80,18 +80,20 @@ def compile_frame(
     matches = Matches(frame, config)
     copy, where = copy_captured(gm)
     analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), matches.refuse, observe)
-    if matches.is_new:
-        matches.records = convert_now(analysis, frame, config)
-    else:
-        check_options(analysis, given, config)
-        matches.check(analysis)
+    check_options(analysis, given, config)
+    matches.check(analysis)
+    known = len(matches.records)
+    convert_now(analysis, matches, frame, config, [example_of(node) for node in _inputs(gm)])
+    is_lazy = len(matches.records) > known
     borders = Borders(analysis, matches.records)
     node_of = lift_parameters(gm, analysis, matches.records, sites_of, frame, where)
-    widening = bind(analysis, matches.records, sites_of, node_of, borders.arrive(copy.graph))
+    arriving = borders.arrive(copy.graph)
+    widening = bind(analysis, matches.records, sites_of, node_of, arriving, borders.departures)
     run_passes(copy, (), rewrite_passes(widening), observe)
     borders.leave(copy, widening)
     inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]
-    return borders.wrap(_lower(copy, inputs, config, mode))
+    compiled = borders.wrap(_lower(copy, inputs, config, mode))
+    return watch_ends(compiled, analysis, frame) if is_lazy else compiled
 
 
 def _lower(gm: GraphModule, inputs: list[Any], config: MHCConfig, mode: str | None) -> Compiled:

@@ -1,6 +1,6 @@
 """Give the rewrite the nodes that hold each site's parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -8,9 +8,9 @@ from torch.fx import GraphModule, Node
 
 from mhc_compile._torch_private import Frame
 from mhc_compile.analysis import Analysis
-from mhc_compile.passes.lanes import Lane
+from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.plan import PlannedSite
-from mhc_compile.passes.widen import Head, SiteInputs, Widening
+from mhc_compile.passes.widen import Departure, Head, SiteInputs, Widening
 from mhc_compile.site import MHCSite, MHCSites, SiteRecord
 
 SitesOf = Callable[[nn.Module], MHCSites | None]
@@ -24,6 +24,7 @@ def bind(
     sites_of: SitesOf,
     node_of: NodeOf,
     arriving: Mapping[Node, Lane],
+    departing: Sequence[Departure] = (),
 ) -> Widening:
     """Everything `widen_trunks_pass` needs for an analysed graph.
 
@@ -33,6 +34,7 @@ def bind(
         sites_of: parameters of a host.
         node_of: where the graph holds a parameter.
         arriving: values whose streams come from another graph.
+        departing: trunks whose streams go on in another graph.
     """
     plan = analysis.plan
     inputs, heads, middle = {}, {}, "mean"
@@ -52,7 +54,9 @@ def bind(
             heads[planned.trunk] = Head("learned", _inputs("collapse", site, dim, head))
     for trunk in range(len(plan.trunks)):
         heads.setdefault(trunk, Head(middle))
-    return Widening(plan, inputs, heads=heads, arriving=arriving, middle=middle)
+    return Widening(
+        plan, inputs, heads=heads, arriving=arriving, departing=departing, middle=middle
+    )
 
 
 def host_of(analysis: Analysis, planned: PlannedSite) -> nn.Module:

@@ -11,11 +11,11 @@ from mhc_compile import carry
 from mhc_compile._torch_private import Compiled, fake_like, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
-from mhc_compile.match import record_start, site_named, sites_of
-from mhc_compile.passes.lanes import Lane
+from mhc_compile.match import site_named, sites_of
+from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.plan import Boundary
-from mhc_compile.passes.widen import Widening
-from mhc_compile.site import MHCSites, SiteRecord
+from mhc_compile.passes.widen import Departure, Widening
+from mhc_compile.site import SiteRecord
 
 
 @dataclass(slots=True)
@@ -24,7 +24,6 @@ class _Arrival:
 
     boundary: Boundary
     record: SiteRecord
-    sites: MHCSites
     streams: int
     position: int = -1
     """Index of the visible tensor among the call's arguments."""
@@ -33,20 +32,16 @@ class _Arrival:
     def take(self, visible: torch.Tensor) -> Any:
         """The state for this call: what arrives with ``visible``, or fresh at a trunk's start."""
         found = carry.get(visible, self.boundary.dim)
-        if self.record.starts is None:
-            self.record = record_start(self.sites, self.record.key, starts=found is None)
-        if found is not None:
+        if isinstance(found, torch.Tensor):
             return found
-        if not self.record.starts:
-            raise UnsupportedGraphError(
-                f"the streams were lost before {self.record.key} ({self.record.source}): between "
-                "the previous block "
-                "and this one something made a new tensor, wrote in place or detached (an eager "
-                "operation, "
-                "detach(), a cast). Compile both blocks together, or move the operation into one "
-                "of them"
-            )
-        return torch.ops.mhc.expand(visible, self.streams, self.boundary.dim)
+        if self.record.starts:
+            return torch.ops.mhc.expand(visible, self.streams, self.boundary.dim)
+        raise UnsupportedGraphError(
+            f"the streams were lost before {self.record.key} ({self.record.source}): between the "
+            "previous block and this one something made a new tensor, wrote in place or detached "
+            "(an eager operation, detach(), a cast). Compile both blocks together, or move the "
+            "operation into one of them"
+        )
 
 
 class Borders:
@@ -54,7 +49,8 @@ class Borders:
 
     def __init__(self, analysis: Analysis, records: Mapping[int, SiteRecord]) -> None:
         self._arrivals: list[_Arrival] = []
-        self._departures: list[Boundary] = []
+        self.departures: list[Departure] = []
+        """For the rewrite: trunks whose streams go on in another graph."""
         self._visible = 0
         plan = analysis.plan
         for trunk, arrival, departure in zip(
@@ -64,20 +60,17 @@ class Borders:
             host = analysis.hosted[trunk[0].index].host
             sites = sites_of(host) if host is not None else None
             assert sites is not None
-            if (arrival is not None and first.starts is not True) or (
-                first.follows and arrival is not None
-            ):
+            if arrival is not None and first.follows:
                 streams = site_named(sites, first.key).spec.streams
-                self._arrivals.append(_Arrival(arrival, first, sites, streams))
-            elif first.starts is False:
+                self._arrivals.append(_Arrival(arrival, first, streams))
+            elif not first.starts:
                 raise UnsupportedGraphError(
                     f"{first.key} ({first.source}) continues a trunk, and in this graph nothing "
-                    "leads to the site "
-                    "before it: a graph break cuts the trunk there (TORCH_LOGS=graph_breaks "
-                    "shows it)"
+                    "leads to the site before it: a graph break cuts the trunk there "
+                    "(TORCH_LOGS=graph_breaks shows it), or an add that conversion did not see"
                 )
             if departure is not None and last.continues:
-                self._departures.append(departure)
+                self.departures.append(Departure(departure, last.ends))
 
     def arrive(self, graph: Graph) -> dict[Node, Lane]:
         """Add an input for every arriving state; the lanes by the visible input they stand for."""
@@ -110,22 +103,23 @@ class Borders:
         visible = output.args[0]
         assert isinstance(visible, tuple | list)
         self._visible = len(visible)
-        if self._departures:
-            states = [widening.lanes[departure.value].node for departure in self._departures]
+        if self.departures:
+            states = [widening.lanes[d.boundary.value].node for d in self.departures]
             output.args = ((*visible, *states),)
             gm.recompile()
 
     def wrap(self, compiled: Compiled) -> Compiled:
         """``compiled`` as Dynamo calls it: states fetched before, hung on their tensors after."""
-        if not self._arrivals and not self._departures:
+        if not self._arrivals and not self.departures:
             return compiled
 
         @without_tracing
         def call(*args: Any) -> Any:
             states = [arrival.take(args[arrival.position]) for arrival in self._arrivals]
             outputs = compiled(*args, *states)
-            for state, departure in zip(outputs[self._visible :], self._departures, strict=True):
-                carry.put(outputs[departure.position], state, departure.dim)
+            for state, departure in zip(outputs[self._visible :], self.departures, strict=True):
+                boundary = departure.boundary
+                carry.put(outputs[boundary.position], state, boundary.dim)
             return tuple(outputs[: self._visible])
 
         return call

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,35 +11,41 @@ from torch import nn
 from torch.fx import GraphModule
 
 from mhc_compile import carry
-from mhc_compile._torch_private import Frame, copy_captured, reset_dynamo, without_tracing
-from mhc_compile.analysis import Analysis, Refuse, analyse
+from mhc_compile._torch_private import (
+    Frame,
+    copy_captured,
+    example_of,
+    reset_dynamo,
+    without_tracing,
+)
+from mhc_compile.analysis import Analysis, Refuse, analyse, for_hosts
 from mhc_compile.errors import MHCError
-from mhc_compile.hosts import HostedSite, erase_markers, resolve_by_id
-from mhc_compile.passes.values import is_state
+from mhc_compile.hosts import HostedSite, ParameterOwners, erase_markers, resolve_by_id
+from mhc_compile.match import BROKEN
 
 GraphObserver = Callable[[int, str, GraphModule], None]
 """Sees (number of the graph, name of the pass or "before", the graph)."""
-BROKEN = "a graph break splits the forward of its module"
 
 
 @dataclass(slots=True)
 class TrunkPiece:
-    """The part of a trunk that lies in one graph."""
+    """The part of a trunk that lies in one run of one graph."""
 
-    graph: int
+    run: int
     trunk: int
     previous: "TrunkPiece | None" = None
-    """The piece in an earlier graph whose streams arrive here."""
+    """The piece of an earlier run whose streams arrive here."""
 
 
 @dataclass(slots=True)
 class Capture:
-    """The graphs of one run, in the order they first ran."""
+    """Everything one call of a model showed, in the order it ran."""
 
-    graphs: list[Analysis] = field(default_factory=list)
+    runs: list[Analysis] = field(default_factory=list)
+    """One entry a run: a graph that runs for several modules is several entries."""
     pieces: list[TrunkPiece] = field(default_factory=list)
-    runs: list[int] = field(default_factory=list)
-    """For how many modules each graph ran: a shared one only shows its first owner."""
+    graphs: int = 0
+    """Number of different graphs."""
 
 
 def capture_model(
@@ -61,7 +67,9 @@ def capture_model(
     reset_dynamo()
     try:
         with _untouched(model):
-            torch.compile(model, backend=_Collector(capture, refuse, observe))(*args, **kwargs)
+            torch.compile(model, backend=_Collector(model, capture, refuse, observe))(
+                *args, **kwargs
+            )
     except Exception as error:
         cause = error.__cause__ or error.__context__
         ours = error if isinstance(error, MHCError) else getattr(error, "inner_exception", cause)
@@ -76,7 +84,10 @@ def capture_model(
 class _Collector:
     """A backend that analyses each graph and then runs it as it is."""
 
-    def __init__(self, capture: Capture, refuse: Refuse, observe: GraphObserver | None) -> None:
+    def __init__(
+        self, model: nn.Module, capture: Capture, refuse: Refuse, observe: GraphObserver | None
+    ) -> None:
+        self.parameters = ParameterOwners(model)
         self.capture = capture
         self.refuse = refuse
         self.observe = observe
@@ -85,44 +96,42 @@ class _Collector:
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         frame = Frame.current(gm)
         copy, _ = copy_captured(gm)
-        number = len(self.capture.graphs)
-        observe = functools.partial(self.observe, number) if self.observe is not None else None
-        analysis = analyse(
-            copy, resolve_by_id(frame.modules, frame.root), self._refuse_in(frame), observe
-        )
-        self.capture.graphs.append(analysis)
-        self.capture.runs.append(0)
-        pieces = [TrunkPiece(number, trunk) for trunk in range(len(analysis.plan.trunks))]
-        self.capture.pieces += pieces
+        observe = None
+        if self.observe is not None:
+            observe = functools.partial(self.observe, self.capture.graphs)
+        self.capture.graphs += 1
+        refuse = self._refuse_in(frame)
+        analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), refuse, observe)
+        examples = [example_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
         runner, _ = copy_captured(gm)
         for module in runner.modules():
             if isinstance(module, GraphModule):
                 erase_markers(module.graph)
                 module.recompile()
 
-        inputs = [node for node in copy.graph.nodes if node.op == "placeholder"]
-        states = [position for position, node in enumerate(inputs) if is_state(node)]
-        owners: list[list[int]] = []
-
         @without_tracing
         def run(*args: Any) -> Any:
-            owner = [id(args[position]) for position in states]
-            if owner not in owners:
-                owners.append(owner)
-                self.capture.runs[number] += 1
-            if owner != owners[0]:  # its sites are left as they are, so no streams pass through
-                return runner(*args)
-            for piece, arrival in zip(pieces, analysis.plan.arrivals, strict=True):
-                if arrival is not None and piece.previous is None:
-                    found = carry.get(args[arrival.position], arrival.dim)
-                    piece.previous = found if isinstance(found, TrunkPiece) else None
+            hosted = self.parameters.hosts_for(analysis.hosted, examples, args)
+            now = analysis if hosted is None else for_hosts(analysis, hosted, refuse)
+            pieces = self._record(now, args)
             outputs = runner(*args)
-            for piece, departure in zip(pieces, analysis.plan.departures, strict=True):
+            for piece, departure in zip(pieces, now.plan.departures, strict=True):
                 if departure is not None:
                     carry.put(outputs[departure.position], piece, departure.dim)
             return outputs
 
         return run
+
+    def _record(self, analysis: Analysis, args: Sequence[Any]) -> list[TrunkPiece]:
+        """Note one run, and which earlier run each of its trunks continues."""
+        pieces = []
+        for trunk, arrival in enumerate(analysis.plan.arrivals):
+            found = carry.get(args[arrival.position], arrival.dim) if arrival is not None else None
+            previous = found if isinstance(found, TrunkPiece) else None
+            pieces.append(TrunkPiece(len(self.capture.runs), trunk, previous))
+        self.capture.runs.append(analysis)
+        self.capture.pieces += pieces
+        return pieces
 
     def _refuse_in(self, frame: Frame) -> Refuse:
         def refuse(hosted: list[HostedSite]) -> dict[int, str]:
@@ -136,25 +145,24 @@ class _Collector:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put buffers, random state and per-module compilation back afterwards."""
+    """Put buffers, attributes, random state and per-module compilation back afterwards."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    compiled = {
-        m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None
-    }
-    for module in compiled:
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    for module, _ in attributes:
         module._compiled_call_impl = None
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
+        for module, saved_attributes in attributes:
+            vars(module).clear()
+            vars(module).update(saved_attributes)
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer

@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     warnings.simplefilter("default", MHCWarning)
-    # torch warns about its own code when a graph is copied.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
+    # What torch says about its own code or a model's style helps nobody who inspects a graph.
+    warnings.filterwarnings("ignore", module="torch|copyreg")
     try:
         status: int = options.run(options)
     except MHCError as error:
@@ -95,7 +95,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(report.to_json())
     else:
         outcome = "all properties hold" if report.passed else "a property does not hold"
-        show(f"{report.model}: {outcome}", verify_tables(report))
+        show(f"{report.model}: {outcome}", verify_tables(report), report.notes)
     report.raise_if_failed()
     return 0
 

@@ -88,8 +88,23 @@ def convert_observed(
     uses = site_uses(capture)
     if already is None:
         attach_(uses, config)
+        for module in model.modules():
+            setattr(module, SEEN, True)
         reset_dynamo()
+    else:
+        _refuse_partial(uses)
     return build_report(model, capture, config, uses, converted=True)
+
+
+def _refuse_partial(uses: Sequence[SiteUse]) -> None:
+    for use in uses:
+        host = use.hosted.host
+        if use.planned is not None and host is not None and sites_of(host) is None:
+            raise UnsupportedGraphError(
+                f"only a part of the model is converted: the add of {type(host).__name__} at "
+                f"{use.hosted.source} is not. Take the parameters off with "
+                "mhc_compile.revert_(model) and convert the whole model at once"
+            )
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -100,9 +115,7 @@ def is_converted(model: nn.Module) -> bool:
 def revert_(model: nn.Module) -> None:
     """Take all hyper-connection parameters off again, in place; the model is then the plain one."""
     for module in list(model.modules()):
-        if sites_of(module) is not None:
-            del module._modules["mhc"]
-            uncheck_calls_(module)
+        detach_(module)
         vars(module).pop(SEEN, None)
     reset_dynamo()
 
@@ -134,21 +147,24 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
     Raises:
         UnsupportedGraphError: a host has an attribute ``mhc`` of its own, or its calls differ.
     """
-    ready = build_sites(uses, config)
+    ready = [(host, sites) for host, sites in build_sites(uses, config) if len(sites)]
     done: list[nn.Module] = []
     try:
         for host, sites in ready:
             done.append(host)
-            setattr(host, SEEN, True)
-            if len(sites):
-                host.add_module("mhc", sites)
-                check_calls_(host, config.on_eager)
+            host.add_module("mhc", sites)
+            check_calls_(host, sites.signature, config.on_eager)
     except BaseException:
         for host in done:
-            host._modules.pop("mhc", None)
-            uncheck_calls_(host)
-            vars(host).pop(SEEN, None)
+            detach_(host)
         raise
+
+
+def detach_(host: nn.Module) -> None:
+    """Take the sites of one module off again, in place."""
+    if sites_of(host) is not None:
+        del host._modules["mhc"]
+    uncheck_calls_(host)
 
 
 def build_sites(uses: Sequence[SiteUse], config: MHCConfig) -> list[tuple[nn.Module, MHCSites]]:
@@ -196,7 +212,7 @@ def _records(entry: _Owned) -> tuple[SiteRecord, ...]:
                 key=key,
                 source=uses[0].hosted.source,
                 converted=uses[0].planned is not None,
-                starts=None if any(u.starts is None for u in uses) else any(u.starts for u in uses),
+                starts=any(u.starts for u in uses),
                 follows=any(u.follows for u in uses),
                 continues=any(u.continues for u in uses),
                 ends=any(not u.continues for u in uses),
@@ -209,14 +225,18 @@ def new_site(use: SiteUse, record: SiteRecord, config: MHCConfig, device: torch.
     """Fresh parameters for one site, float32, on ``device``."""
     assert use.planned is not None
     spec, width = config.spec(), use.planned.width
-    tensors = initial_parameters(spec, width, config.init, use.step)
-    head = initial_head(spec, width) if config.collapse == "learned" and record.ends else {}
-    with torch.no_grad():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # tensors of inference mode cannot be trained
+        tensors = initial_parameters(spec, width, config.init, use.step)
+        head = initial_head(spec, width) if config.collapse == "learned" and record.ends else {}
         return MHCSite(
-            spec, width,
+            spec,
+            width,
             {name: tensor.to(device) for name, tensor in tensors.items()},
             {name: tensor.to(device) for name, tensor in head.items()},
-        )  # fmt: skip
+        )
 
 
 def _device(host: nn.Module) -> torch.device:

@@ -60,22 +60,29 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return _rebuild, (type(self)._mhc_class.__base__,), self.__getstate__()
+    cls = type(self)._mhc_class
+    return _rebuild, (cls.__base__, cls._mhc_signature), self.__getstate__()
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
+def _rebuild(base: type[nn.Module], signature: str) -> nn.Module:
     """Importable by name: what pickle and deepcopy store instead of the generated class."""
-    cls = checked_class(base)
+    cls = checked_class(base, signature)
     return cls.__new__(cls)
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
-def checked_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``base`` that checks its calls; one per base, same name, same signature."""
-    if base in _classes:
-        return _classes[base]
+def checked_class(base: type[nn.Module], signature: str) -> type[nn.Module]:
+    """The subclass of ``base`` that checks its calls; same name, same arguments.
+
+    One for each base and ``MHCSites.signature``: Dynamo guards on the class of a module, so that
+    one graph serves all layers of a signature and no other. The first layer of a trunk makes its
+    streams; what is compiled for it would silently do so in every layer.
+    """
+    known = _classes.get((base, signature))
+    if known is not None:
+        return known
     # A function of its own per class: Dynamo keys its caches and limits by code object.
     forward = types.FunctionType(_forward.__code__.replace(co_name="forward"), globals(), "forward")
     forward.__wrapped__ = base.forward  # type: ignore[attr-defined]
@@ -85,9 +92,9 @@ def checked_class(base: type[nn.Module]) -> type[nn.Module]:
         {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__,
          "__doc__": base.__doc__, "__reduce_ex__": _reduce},
     )  # fmt: skip
-    cls._mhc_class = cls
-    _classes[base] = cls
-    return _classes[base]
+    cls._mhc_class, cls._mhc_signature = cls, signature
+    _classes[base, signature] = cls
+    return _classes[base, signature]
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -111,11 +118,10 @@ def is_checked(module: nn.Module) -> bool:
     return getattr(type(module), "_mhc_class", None) is type(module)
 
 
-def check_calls_(module: nn.Module, policy: Policy) -> None:
-    """Make ``module`` check its calls, in place."""
+def check_calls_(module: nn.Module, signature: str, policy: Policy) -> None:
+    """Make ``module``, which is not checked yet, check its calls, in place."""
     module._mhc_policy = _POLICIES.index(policy)  # type: ignore[assignment]
-    if not is_checked(module):
-        module.__class__ = checked_class(type(module))
+    module.__class__ = checked_class(type(module), signature)
 
 
 def uncheck_calls_(module: nn.Module) -> None:

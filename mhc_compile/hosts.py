@@ -6,8 +6,9 @@ sites (a ``Sequential`` cannot). Sites of one call of a host are numbered in gra
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.fx import Graph
@@ -65,6 +66,52 @@ def hosted_sites(residuals: Residuals, resolve: Resolve) -> list[HostedSite]:
         counts[id(host), call] += 1
         hosted.append(HostedSite(index, host, call, f"add{number}", source_line(site.root), reason))
     return hosted
+
+
+class ParameterOwners:
+    """Tells which modules a graph runs for, by the parameters it is given.
+
+    Dynamo compiles one graph for all layers of a kind (per-layer compilation, a break in the loop
+    over layers) and shows the backend the first layer only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
+        self._paths = {id(module): path for path, module in self._modules.items()}
+        self._parameters = {id(p): name for name, p in model.named_parameters()}
+
+    def hosts_for(
+        self, hosted: Sequence[HostedSite], examples: Sequence[Any], args: Sequence[Any]
+    ) -> list[HostedSite] | None:
+        """The sites with the hosts of this run; None if they are the captured ones.
+
+        Args:
+            hosted: as captured.
+            examples: the inputs of the graph when it was captured.
+            args: those of this run, in the same order.
+        """
+        moved: dict[str, str] = {}  # path of a parameter as captured -> now
+        for example, arg in zip(examples, args, strict=True):
+            if (
+                isinstance(example, nn.Parameter)
+                and arg is not example
+                and id(arg) in self._parameters
+            ):
+                moved[self._parameters.get(id(example), "")] = self._parameters[id(arg)]
+        if not moved:
+            return None
+        return [replace(site, host=self._host_now(site.host, moved)) for site in hosted]
+
+    def _host_now(self, host: nn.Module | None, moved: Mapping[str, str]) -> nn.Module | None:
+        path = self._paths.get(id(host))
+        if path is None:
+            return host
+        prefix = f"{path}." if path else ""
+        for before, now in moved.items():
+            below = before.removeprefix(prefix)
+            if before.startswith(prefix) and now.endswith(below):
+                return self._modules.get(now.removesuffix(below).removesuffix("."), host)
+        return host
 
 
 def marked_calls(graph: Graph, resolve: Resolve) -> dict[tuple[int, str], nn.Module]:

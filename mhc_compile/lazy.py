@@ -1,47 +1,91 @@
 """Convert a model on its first call, for those who only write ``torch.compile``."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from mhc_compile._torch_private import Frame
+import torch
+from torch import nn
+
+from mhc_compile import carry
+from mhc_compile._torch_private import Compiled, Frame, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import attach_
-from mhc_compile.errors import ConfigError, MHCWarning
-from mhc_compile.match import new_records, sites_of
-from mhc_compile.site import SiteRecord
-from mhc_compile.uses import first_uses
+from mhc_compile.convert import attach_, detach_
+from mhc_compile.errors import MHCWarning, UnsupportedGraphError
+from mhc_compile.match import Matches, new_records, sites_of
+from mhc_compile.uses import uses_of_one
 
 
-def convert_now(analysis: Analysis, frame: Frame, config: MHCConfig) -> dict[int, SiteRecord]:
-    """Attach parameters for everything planned in a graph no module of which was ever converted.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Hangs on the output that shows the end of a lazily converted trunk."""
 
-    Returns:
-        The records of the planned sites, by site index.
+    hosts: tuple[nn.Module, ...]
+    what: str
+
+
+def convert_now(
+    analysis: Analysis, matches: Matches, frame: Frame, config: MHCConfig, inputs: Sequence[Any]
+) -> None:
+    """Attach parameters for everything planned that conversion never saw, and note its records.
+
+    Args:
+        analysis: of the graph.
+        matches: of its sites; completed here.
+        frame: for messages.
+        config: how to convert.
+        inputs: example inputs of the graph, in order.
 
     Raises:
-        ConfigError: ``collapse="learned"`` where the end of a trunk is not in the graph.
-        UnsupportedGraphError: as `attach_` raises it.
+        UnsupportedGraphError: the graph continues a trunk that was converted on a call of its own;
+            that one is converted back.
     """
-    if not analysis.plan.sites:
-        if not analysis.residuals.sites:
-            return {}
-        attach_(first_uses(analysis), config)  # so that the next graph of this model is not new
-        return {}
-    if config.collapse == "learned" and any(analysis.plan.departures):
-        raise ConfigError(
-            "collapse='learned' belongs to the last site of a trunk, and this graph does not "
-            "show whether its trunk "
-            "ends: convert with mhc_compile.convert_(model, ...) before compiling"
-        )
-    attach_(first_uses(analysis), config)
-    model = type(frame.root).__name__ if frame.root is not None else frame.where
+    new = [site for site in analysis.plan.sites if site.index not in matches.records]
+    if not new:
+        return
+    for arrival in analysis.plan.arrivals:
+        before = carry.get(inputs[arrival.position], arrival.dim) if arrival is not None else None
+        if isinstance(before, _Piece):
+            for host in before.hosts:
+                detach_(host)
+            raise UnsupportedGraphError(
+                f"{frame.where} continues the residual stream of {before.what}, but each was "
+                "compiled by itself (block by block, or after a graph break): the n streams could "
+                "not pass from one to the other. Call mhc_compile.convert_(model, ...) on the "
+                "whole model first; then any way of compiling it will do"
+            )
+    fresh = {id(analysis.hosted[site.index].host) for site in new}
+    uses = [use for use in uses_of_one(analysis) if id(use.hosted.host) in fresh]
+    attach_(uses, config)
+    matches.records.update(new_records(analysis, new, sites_of))
+    what = type(frame.root).__name__ if frame.root is not None else frame.where
     warnings.warn(
-        f"{model} was converted to {config.streams} residual streams on its first call: "
-        f"{len(analysis.plan.sites)} sites in {len(analysis.plan.trunks)} trunks. An optimizer, "
-        "DDP or FSDP wrapper made "
-        "before this call does not know the new parameters: call mhc_compile.convert_(model, "
-        "...) first",
+        f"{what} was converted to {config.streams} residual streams on its first call: "
+        f"{len(new)} sites in {len({site.trunk for site in new})} trunks. An optimizer, DDP or "
+        "FSDP wrapper made before this call does not know the new parameters: call "
+        "mhc_compile.convert_(model, ...) first",
         MHCWarning,
         stacklevel=2,
     )
-    return new_records(analysis, sites_of)
+
+
+def watch_ends(compiled: Compiled, analysis: Analysis, frame: Frame) -> Compiled:
+    """Let outputs that show the end of a trunk say that it was converted on a call of its own."""
+    ends = [departure for departure in analysis.plan.departures if departure is not None]
+    if not ends:
+        return compiled
+    hosts = {id(h): h for s in analysis.plan.sites if (h := analysis.hosted[s.index].host)}
+    piece = _Piece(tuple(hosts.values()), frame.where)
+
+    @without_tracing
+    def call(*args: Any) -> Any:
+        outputs = compiled(*args)
+        for end in ends:
+            visible = outputs[end.position]
+            if isinstance(visible, torch.Tensor):
+                carry.put(visible, piece, end.dim)
+        return outputs
+
+    return call

@@ -7,7 +7,7 @@ that is refused, never compiled as something else.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Protocol
 
 from torch import nn
@@ -16,10 +16,13 @@ from mhc_compile.analysis import Analysis, filtered
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.hosts import HostedSite
+from mhc_compile.passes.plan import PlannedSite
 from mhc_compile.site import MHCSite, MHCSites, SiteRecord
 
 SEEN = "_mhc_seen"
-"""Attribute of every module whose adds conversion looked at, converted or not."""
+"""Attribute of every module below one that `convert_` was called on: what it left stays left."""
+LEFT = "it was left as it is at conversion"
+BROKEN = "a graph break splits the forward of its module"
 
 
 def sites_of(module: nn.Module) -> MHCSites | None:
@@ -35,21 +38,14 @@ def site_named(sites: MHCSites, key: str) -> MHCSite:
     return site
 
 
-def record_start(sites: MHCSites, key: str, *, starts: bool) -> SiteRecord:
-    """Note what the first call of a lazily converted site showed: does its trunk start there."""
-    records = list(sites.records)
-    number = next(i for i, record in enumerate(records) if record.key == key)
-    records[number] = replace(records[number], starts=starts, follows=not starts)
-    sites.records = tuple(records)
-    return records[number]
-
-
 def new_records(
-    analysis: Analysis, sites_of: Callable[[nn.Module], MHCSites | None]
+    analysis: Analysis,
+    new: Sequence[PlannedSite],
+    sites_of: Callable[[nn.Module], MHCSites | None],
 ) -> dict[int, SiteRecord]:
-    """The records of the planned sites of a graph that was converted just now, by site index."""
+    """The records of sites that were converted just now, by site index."""
     records = {}
-    for planned in analysis.plan.sites:
+    for planned in new:
         hosted = analysis.hosted[planned.index]
         sites = sites_of(hosted.host) if hosted.host is not None else None
         assert sites is not None
@@ -82,15 +78,12 @@ class Matches:
 
     def __init__(self, scope: Scope, config: MHCConfig) -> None:
         self.records: dict[int, SiteRecord] = {}
-        self.is_new = not any(SEEN in vars(module) for module in scope.modules.values())
-        """Whether conversion has never seen any module of this graph."""
+        self._converted = any(SEEN in vars(module) for module in scope.modules.values())
         self._scope = scope
         self._config = config
 
     def refuse(self, hosted: Sequence[HostedSite]) -> dict[int, str]:
         """Match ``hosted`` against the records; the sites that stay plain adds, and why."""
-        if self.is_new:
-            return self._refuse_new(hosted)
         refused: dict[int, str] = {}
         calls: dict[tuple[int, str], list[HostedSite]] = defaultdict(list)
         for site in hosted:
@@ -98,33 +91,35 @@ class Matches:
         for sites in calls.values():
             host = sites[0].host
             known = sites_of(host) if host is not None else None
-            aligned = _align(sites, known.records) if known is not None else {}
+            if known is None:
+                refused.update(self._refuse_unknown(sites))
+                continue
+            aligned = _align(sites, known.records, is_whole=not self._is_cut(sites[0]))
             for site in sites:
                 record = aligned.get(site.index)
                 if record is not None and record.converted:
                     self.records[site.index] = record
-                elif not site.refusal:
-                    refused[site.index] = "it was left as it is at conversion"
+                else:
+                    refused[site.index] = LEFT
         return refused
 
-    def _refuse_new(self, hosted: Sequence[HostedSite]) -> dict[int, str]:
-        if self._scope.is_partial and any(site.call == "" for site in hosted):
-            raise UnsupportedGraphError(
-                f"a graph break splits {self._scope.where}, which adds residuals: its streams "
-                "cannot be followed on a "
-                "first call. Remove the break (TORCH_LOGS=graph_breaks shows it), or call "
-                "mhc_compile.convert_ first, "
-                "which leaves such sites as they are and says so"
-            )
-        names = self._scope.names
+    def _refuse_unknown(self, sites: Sequence[HostedSite]) -> dict[int, str]:
+        """Sites of one call of a module without parameters: left, or new to us."""
+        if self._converted:
+            return {site.index: site.refusal or LEFT for site in sites}
+        if self._is_cut(sites[0]):
+            return {site.index: site.refusal or BROKEN for site in sites}
         refused = {}
-        for site in hosted:
-            if site.host is not None:
-                name = f"{names.get(id(site.host), '')}.{site.key}".lstrip(".")
-                reason = filtered(name, self._config)
-                if reason is not None:
-                    refused[site.index] = reason
+        for site in sites:
+            name = f"{self._scope.names.get(id(site.host), '')}.{site.key}".lstrip(".")
+            reason = site.refusal or filtered(name, self._config)
+            if reason is not None:
+                refused[site.index] = reason
         return refused
+
+    def _is_cut(self, site: HostedSite) -> bool:
+        """Whether a graph break may hide other adds of the call from this graph."""
+        return self._scope.is_partial and site.call == ""
 
     def check(self, analysis: Analysis) -> None:
         """Compare sites and records of every call of a converted module in the graph.
@@ -158,9 +153,10 @@ class Matches:
                 f"the graph of {self._scope.where} does not hold a whole call of the converted "
                 f"{type(host).__name__}: "
                 + (f"its sites {missing} are" if missing else "its sites are there, its call is")
-                + " not. A graph break inside its forward cuts the trunk (TORCH_LOGS=graph_breaks "
-                "shows it), or only a part of a site was compiled. Compile the module that holds "
-                "both sides of the add, remove the break, or convert with exclude=(...) for these"
+                + " not. Either a graph break inside its forward cuts it (TORCH_LOGS=graph_breaks "
+                "shows it), or only a part of it was compiled, or it took another path than at "
+                "conversion (a fused one: torch.backends.mha.set_fastpath_enabled(False)). Remove "
+                "the cause, or convert with exclude=(...) for these sites"
             )
 
 
@@ -185,11 +181,15 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
             )
 
 
-def _align(sites: Sequence[HostedSite], records: Sequence[SiteRecord]) -> dict[int, SiteRecord]:
-    """Site index -> its record: by number where all agree, else by source line in order."""
-    if len(sites) == len(records) and all(
-        s.source == r.source for s, r in zip(sites, records, strict=True)
-    ):
+def _align(
+    sites: Sequence[HostedSite], records: Sequence[SiteRecord], *, is_whole: bool
+) -> dict[int, SiteRecord]:
+    """Site index -> its record: by number in a whole call with all sites, else by source line.
+
+    Lines alone would not do: torch.export reports other ones, and so does a module of torch itself
+    when it is compiled alone.
+    """
+    if is_whole and len(sites) == len(records):
         return {site.index: record for site, record in zip(sites, records, strict=True)}
     aligned: dict[int, SiteRecord] = {}
     remaining = list(records)

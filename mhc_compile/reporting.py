@@ -34,7 +34,7 @@ def build_report(
     return Report(
         model=type(model).__name__,
         config=asdict(config),
-        graphs=len(capture.graphs),
+        graphs=capture.graphs,
         sites=tuple(_site(use, names, config, converted) for use in uses),
         trunks=_trunks(capture, uses, names),
         rejected=_rejected(capture, names),
@@ -108,7 +108,7 @@ def _entry(use: SiteUse) -> str:
 def _readers(capture: Capture, use: SiteUse) -> int:
     """How many operations outside branches and trunk read the trunk at this site."""
     planned = _planned(use)
-    plan = capture.graphs[use.graph].plan
+    plan = capture.runs[use.run].plan
     inner = {
         node
         for p in plan.sites
@@ -134,7 +134,7 @@ def _rejected(capture: Capture, names: dict[int, str]) -> tuple[RejectedAdd, ...
             clause=rejected.clause,
             reason=rejected.reason,
         )
-        for analysis in capture.graphs
+        for analysis in capture.runs
         for rejected in analysis.residuals.rejected
     )
 
@@ -150,20 +150,12 @@ def _shape(node: Node) -> tuple[int | str, ...]:
 
 def _notes(capture: Capture) -> tuple[str, ...]:
     notes = []
-    if len(capture.graphs) > 1:
+    if capture.graphs > 1:
         notes.append(
-            f"the model was captured as {len(capture.graphs)} graphs; trunks are carried from one "
+            f"the model was captured as {capture.graphs} graphs; trunks are carried from one "
             "to the next "
             "(TORCH_LOGS=graph_breaks shows where it breaks)"
         )
-    for number, (runs, analysis) in enumerate(zip(capture.runs, capture.graphs, strict=True)):
-        if runs > 1 and analysis.residuals.sites:
-            source = source_line(analysis.residuals.sites[0].root)
-            notes.append(
-                f"graph {number} (sites from {source}) ran {runs} times for several modules; only "
-                "the first of them "
-                "was seen, the others stay as they are"
-            )
     return tuple(notes)
 
 

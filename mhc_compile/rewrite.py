@@ -17,7 +17,7 @@ from mhc_compile.hosts import resolve_by_path
 from mhc_compile.match import Matches, new_records, sites_of
 from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
 from mhc_compile.site import MHCSites
-from mhc_compile.uses import first_uses
+from mhc_compile.uses import uses_of_one
 
 
 def rewrite(
@@ -54,15 +54,17 @@ def rewrite(
     scope = _ExportScope(model)
     matches = Matches(scope, config)
     analysis = analyse(exported, resolve_by_path(model), matches.refuse, observe)
-    if matches.is_new:
-        built = {id(host): sites for host, sites in build_sites(first_uses(analysis), config)}
-        matches.records = new_records(analysis, lambda host: built.get(id(host)))
-    else:
-        matches.check(analysis)
-        built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}
+    matches.check(analysis)
+    built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}
+    new = [site for site in analysis.plan.sites if site.index not in matches.records]
+    if new:
+        fresh = {id(analysis.hosted[site.index].host) for site in new}
+        uses = [use for use in uses_of_one(analysis) if id(use.hosted.host) in fresh]
+        built.update({id(host): sites for host, sites in build_sites(uses, config)})
+        matches.records.update(new_records(analysis, new, lambda host: built.get(id(host))))
     attributes = _Attributes(exported, scope.names, built)
     widening = bind(
-        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}
+        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}, ()
     )
     run_passes(exported, (), rewrite_passes(widening), observe)
     return exported

@@ -20,13 +20,13 @@ class SiteRecord:
     source: str
     """``file.py:123``: tells the site again after a graph break or in another mode."""
     converted: bool
-    starts: bool | None = None
-    """Whether some use starts a trunk; None until the first call decides (lazy conversion)."""
-    follows: bool = False
+    starts: bool
+    """Whether some use starts a trunk."""
+    follows: bool
     """Whether some use follows another site."""
-    continues: bool = True
+    continues: bool
     """Whether another site follows some use."""
-    ends: bool = False
+    ends: bool
     """Whether some use is the last of its trunk: the learned collapse reads its streams."""
 
 
@@ -83,3 +83,5 @@ class MHCSites(nn.ModuleDict):
         super().__init__(dict(sites))
         self.records = records
         self.config = dict(config)
+        self.signature = repr((records, sorted(self.config.items())))
+        """All that is compiled into a graph beside the parameters: see `checked_class`."""

@@ -33,7 +33,9 @@ def summary_line(report: Report) -> str:
     if left:
         text += f", {len(left)} left as {'it was' if len(left) == 1 else 'they were'}"
     text += f", {count(len(report.rejected), 'other add')}, {count(report.graphs, 'graph')}"
-    parameters = sum(site.parameters for site in taken)
+    parameters = sum(
+        {site.name: site.parameters for site in taken}.values()
+    )  # shared layers repeat
     return f"{text}, {parameters:,} new parameters" if parameters else text
 
 

@@ -5,8 +5,10 @@ used
 several times (shared layers).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import networkx as nx
 
 from mhc_compile.analysis import Analysis
 from mhc_compile.capture import Capture, TrunkPiece
@@ -14,12 +16,16 @@ from mhc_compile.hosts import HostedSite
 from mhc_compile.passes.plan import PlannedSite
 from mhc_compile.passes.sites import ResidualSite
 
+_Step = tuple[int, int]
+"""(run, index of the site in `Residuals.sites`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class SiteUse:
-    """One residual add in one graph."""
+    """One residual add in one run of a graph."""
 
-    graph: int
+    run: int
+    """Which run of which graph, see `Capture.runs`."""
     site: ResidualSite
     hosted: HostedSite
     planned: PlannedSite | None
@@ -30,80 +36,71 @@ class SiteUse:
     """Number of its trunk in the whole model."""
     step: int = 0
     """Position in that trunk."""
-    starts: bool | None = False
-    """Whether its streams are made here; None while that is only known at run time."""
+    starts: bool = False
+    """Whether its streams are made here."""
     continues: bool = False
     """Whether another site of the trunk follows."""
 
     @property
     def follows(self) -> bool:
         """Whether it takes over the streams of another site."""
-        return self.planned is not None and self.starts is False
+        return self.planned is not None and not self.starts
 
 
 def site_uses(capture: Capture) -> list[SiteUse]:
     """All uses of a completed capture, in graph order; trunks are followed from graph to graph."""
-    trunks, offsets = _number_trunks(capture.pieces, capture.graphs)
-    lengths: dict[int, int] = {}
-    for piece in capture.pieces:
-        key = (piece.graph, piece.trunk)
-        end = offsets[key] + len(capture.graphs[piece.graph].plan.trunks[piece.trunk])
-        lengths[trunks[key]] = max(lengths.get(trunks[key], 0), end)
+    chain = _chain(capture)
+    trunks: dict[_Step, int] = {}
+    for step in chain:
+        if step not in trunks:
+            members = nx.node_connected_component(chain.to_undirected(as_view=True), step)
+            trunks.update(dict.fromkeys(members, len(set(trunks.values()))))
+    depths = {
+        step: depth
+        for depth, steps in enumerate(nx.topological_generations(chain))
+        for step in steps
+    }
     uses = []
-    for graph, analysis in enumerate(capture.graphs):
+    for run, analysis in enumerate(capture.runs):
+        planned = {site.index: site for site in analysis.plan.sites}
         for index, hosted in enumerate(analysis.hosted):
-            site = analysis.residuals.sites[index]
-            planned = next((p for p in analysis.plan.sites if p.index == index), None)
-            if planned is None:
-                uses.append(SiteUse(graph, site, hosted, None, analysis.plan.left[index]))
+            site, step = analysis.residuals.sites[index], (run, index)
+            if index not in planned:
+                uses.append(SiteUse(run, site, hosted, None, analysis.plan.left[index]))
                 continue
-            key = (graph, planned.trunk)
-            step = offsets[key] + planned.step
             uses.append(
                 SiteUse(
-                    graph, site, hosted, planned, "", trunks[key], step,
-                    starts=step == 0, continues=step + 1 < lengths[trunks[key]],
+                    run,
+                    site,
+                    hosted,
+                    planned[index],
+                    "",
+                    trunks[step],
+                    depths[step],
+                    starts=chain.in_degree(step) == 0,
+                    continues=chain.out_degree(step) > 0,
                 )
-            )  # fmt: skip
+            )
     return uses
 
 
-def first_uses(analysis: Analysis) -> list[SiteUse]:
-    """Uses of one graph before it ran: where its trunks come from and go to is open."""
-    plan = analysis.plan
-    uses = []
-    for index, hosted in enumerate(analysis.hosted):
-        site = analysis.residuals.sites[index]
-        planned = next((p for p in plan.sites if p.index == index), None)
-        if planned is None:
-            uses.append(SiteUse(0, site, hosted, None, plan.left[index]))
-            continue
-        last = planned.step + 1 == len(plan.trunks[planned.trunk])
-        starts: bool | None = planned.step == 0
-        if starts and plan.arrivals[planned.trunk] is not None:
-            starts = None
-        continues = not last or plan.departures[planned.trunk] is not None
-        uses.append(
-            SiteUse(0, site, hosted, planned, "", planned.trunk, planned.step, starts, continues)
-        )
-    return uses
-
-
-def _number_trunks(
-    pieces: Sequence[TrunkPiece], graphs: Sequence[Analysis]
-) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
-    """(piece -> trunk of the model, piece -> number of sites before it in that trunk)."""
-    trunks: dict[tuple[int, int], int] = {}
-    offsets: dict[tuple[int, int], int] = {}
-    for (
-        piece
-    ) in pieces:  # graphs come in the order they ran first, so a predecessor is numbered already
-        key = (piece.graph, piece.trunk)
+def _chain(capture: Capture) -> "nx.DiGraph[_Step]":
+    """Which use hands its streams to which, over all runs, in the order they ran."""
+    chain: nx.DiGraph[_Step] = nx.DiGraph()
+    for run, analysis in enumerate(capture.runs):
+        chain.add_nodes_from((run, site.index) for site in analysis.plan.sites)
+        for trunk in analysis.plan.trunks:
+            chain.add_edges_from(((run, a.index), (run, b.index)) for a, b in pairwise(trunk))
+    for piece in capture.pieces:
         before = piece.previous
-        if before is None or (before.graph, before.trunk) not in trunks:
-            trunks[key], offsets[key] = len(set(trunks.values())), 0
-            continue
-        previous = (before.graph, before.trunk)
-        trunks[key] = trunks[previous]
-        offsets[key] = offsets[previous] + len(graphs[before.graph].plan.trunks[before.trunk])
-    return trunks, offsets
+        if before is not None:
+            last = capture.runs[before.run].plan.trunks[before.trunk][-1]
+            first = capture.runs[piece.run].plan.trunks[piece.trunk][0]
+            chain.add_edge((before.run, last.index), (piece.run, first.index))
+    return chain
+
+
+def uses_of_one(analysis: Analysis) -> list[SiteUse]:
+    """All uses of a model that is one graph."""
+    pieces = [TrunkPiece(0, trunk) for trunk in range(len(analysis.plan.trunks))]
+    return site_uses(Capture([analysis], pieces, 1))

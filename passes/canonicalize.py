@@ -10,31 +10,47 @@ The result computes what the graph computed. A write that somebody else could se
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.aliases import AliasIndex
-from mhc_compile.passes.opnames import is_in_place, op_name, raw_name
+from mhc_compile.passes.opnames import first_input, inplace_flag, is_in_place, op_name, raw_name
+from mhc_compile.passes.values import VALUE_KEYS, dtype_of, meta_of_part, value_of
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
-# In-place forms we know, and the function that computes the same value afresh.
-_FUNCTIONAL: dict[str, Callable[..., Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
+# In-place operators, and the function that computes the same value afresh.
+_OPERATORS: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
 }
 # Out of place these take the same arguments and mean the same; ``bernoulli_(p)`` would not.
 _SAME_WITHOUT_UNDERSCORE = frozenset({
-    "add", "celu", "clamp", "div", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "mish", "mul",
-    "neg", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "sub", "tanh", "threshold",
+    "abs", "add", "addcdiv", "addcmul", "celu", "clamp", "clamp_max", "clamp_min", "div", "elu",
+    "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "lerp", "masked_fill",
+    "mish", "mul", "neg", "pow", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "sqrt",
+    "square", "sub", "tanh", "threshold",
 })  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a node calls."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def canonicalize_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
@@ -56,7 +72,7 @@ def _inline_checkpoints(gm: GraphModule) -> bool:
         calls = [
             node
             for node in gm.graph.nodes
-            if node.target is _CHECKPOINT and _is_plain_checkpoint(node)
+            if node.target is _CHECKPOINT and _is_plain_checkpoint(gm, node)
         ]
         if not calls:
             return inlined > 0
@@ -65,9 +81,12 @@ def _inline_checkpoints(gm: GraphModule) -> bool:
             inlined += 1
 
 
-def _is_plain_checkpoint(call: Node) -> bool:
+def _is_plain_checkpoint(gm: GraphModule, call: Node) -> bool:
+    getter = call.args[0]
+    if not isinstance(getter, Node) or getter.op != "get_attr":
+        return False
     # A selective policy decides operation by operation what is saved: our tags would override it.
-    return isinstance(call.args[0], Node) and "_checkpoint_context_fn" not in call.meta
+    return "_checkpoint_context_fn" not in getattr(gm, str(getter.target)).meta
 
 
 def _inline_checkpoint(gm: GraphModule, call: Node, number: int) -> None:
@@ -87,7 +106,6 @@ def _inline_checkpoint(gm: GraphModule, call: Node, number: int) -> None:
                 # AOTAutograd's partitioner reads these two; the number keeps bodies apart.
                 copy.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
                 copy.meta.setdefault("ac_graph_id", number)
-                copy.meta["custom"] = {"mhc_body": number, **node.meta.get("custom", {})}
                 values[node] = copy
     outputs = torch.fx.node.map_arg(body.graph.output_node().args[0], lambda n: values[n])
     if not isinstance(outputs, tuple | list):
@@ -119,47 +137,35 @@ def _split_scaled_adds(graph: Graph) -> bool:
     modified = False
     for node in list(graph.nodes):
         alpha = node.kwargs.get("alpha", 1)
-        if op_name(node) != "add" or alpha == 1 or len(node.args) < 2:
+        other = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
+        if op_name(node) != "add" or alpha == 1 or not isinstance(other, Node):
             continue
-        mul = (
-            torch.ops.aten.mul.Tensor
-            if isinstance(node.target, torch._ops.OpOverload)
-            else operator.mul
-        )
+        is_aten = isinstance(node.target, OpOverload)
+        mul = torch.ops.aten.mul.Tensor if is_aten else operator.mul
         with graph.inserting_before(node):
-            scaled = graph.call_function(mul, (node.args[1], alpha))
-        scaled.meta = _plain_meta(node)
-        example = node.args[1]
-        if isinstance(example, Node):
-            for key in ("example_value", "val", "tensor_meta"):
-                if key in example.meta:
-                    scaled.meta[key] = example.meta[key]
-        node.update_arg(1, scaled)
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "alpha"}
+            scaled = graph.call_function(mul, (other, alpha))
+        values = {key: other.meta[key] for key in VALUE_KEYS if key in other.meta}
+        scaled.meta = {**meta_of_part(node), **values}
+        node.args = (*node.args[:1], *(scaled for _ in node.args[1:]))
+        node.kwargs = {
+            key: scaled if key == "other" else value
+            for key, value in node.kwargs.items()
+            if key != "alpha"
+        }
         modified = True
     return modified
 
 
-def _plain_meta(node: Node) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in node.meta.items()
-        if key not in ("example_value", "val", "tensor_meta")
-    }
-
-
 def _functionalize(graph: Graph) -> bool:
     """Replace in-place float operations whose effect only their own result shows."""
-    writes = [
-        node for node in graph.nodes if is_in_place(node) and _functional_form(node) is not None
-    ]
+    writes = [node for node in graph.nodes if _out_of_place(node) is not None]
     if not writes:
         return False
     aliases = AliasIndex(graph)
     modified = False
     for write in writes:
-        target = write.args[0]
-        if not isinstance(target, Node) or aliases.observer(write) is not None:
+        target = first_input(write)
+        if target is None or aliases.observer(write) is not None:
             continue
         _replace_write(graph, write, target, aliases)
         modified = True
@@ -168,44 +174,55 @@ def _functionalize(graph: Graph) -> bool:
 
 def _replace_write(graph: Graph, write: Node, target: Node, aliases: AliasIndex) -> None:
     for user in list(target.users):
-        if aliases.position.get(user, -1) > aliases.position[write]:
+        if aliases.position[user] > aliases.position[write]:
             user.replace_input_with(target, write)
-    form = _functional_form(write)
-    assert form is not None
-    kwargs = {k: v for k, v in write.kwargs.items() if k != "inplace"}
-    if "inplace" in write.kwargs:
-        kwargs["inplace"] = False
-    write.op, write.target, write.kwargs = form[0], form[1], kwargs
-    # `x += f` keeps the dtype of x, `x + f` promotes.
-    kept, other = _dtype(target), _dtype(write.args[1]) if len(write.args) > 1 else None
-    if kept is not None and other is not None and torch.promote_types(kept, other) != kept:
-        with graph.inserting_after(write):
-            cast = graph.call_method("to", (write, kept))
-        cast.meta = dict(write.meta)
-        write.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
-    write.meta["custom"] = {**write.meta.get("custom", {}), "mhc_in_place": True}
+    call = _out_of_place(write)
+    assert call is not None
+    write.op, write.target, write.args, write.kwargs = call.op, call.target, call.args, call.kwargs
+    kept, promoted = dtype_of(target), _promoted(write, target)
+    if promoted == kept:
+        return
+    # ``x += f`` keeps the dtype of x, ``x + f`` promotes.
+    with graph.inserting_after(write):
+        cast = graph.call_method("to", (write, kept))
+    cast.meta = dict(write.meta)
+    write.meta = {
+        key: value.to(promoted) if isinstance(value, torch.Tensor) else value
+        for key, value in write.meta.items()
+    }
+    write.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    aliases.add_copy(cast, write)
 
 
-def _functional_form(node: Node) -> tuple[str, Any] | None:
-    """(node.op, target) of the out-of-place twin; None where we know none."""
-    if node.kwargs.get("inplace") is True:
-        return node.op, node.target
-    name = op_name(node)
-    if name not in _SAME_WITHOUT_UNDERSCORE:
+def _promoted(node: Node, first: Node) -> torch.dtype | None:
+    """The dtype that ``node`` has out of place: a tensor without axes does not promote others."""
+    value, dtype = value_of(first), dtype_of(first)
+    for arg in node.all_input_nodes:
+        other = value_of(arg)
+        if dtype is not None and isinstance(other, torch.Tensor):
+            dtype = torch.promote_types(dtype, torch.result_type(value, other))
+    return dtype
+
+
+def _out_of_place(node: Node) -> _Call | None:
+    """The call that computes afresh what ``node`` writes in place; None where we know none."""
+    flag = inplace_flag(node)
+    if flag is not None:
+        args = tuple(False if i == flag else arg for i, arg in enumerate(node.args))
+        kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+        return _Call(node.op, node.target, args, kwargs)
+    if not is_in_place(node):
         return None
-    if isinstance(node.target, torch._ops.OpOverload):
-        packet = getattr(torch.ops.aten, raw_name(node).removesuffix("_"), None)
-        overload = getattr(packet, node.target._overloadname, None)
-        return None if overload is None else ("call_function", overload)
-    if name in _FUNCTIONAL and len(node.args) == 2 and not node.kwargs:
-        return "call_function", _FUNCTIONAL[name]
-    if node.op == "call_method" and hasattr(torch.Tensor, name):
-        return "call_method", name
-    return None
-
-
-def _dtype(value: Any) -> torch.dtype | None:
-    if not isinstance(value, Node):
+    target: Any = None
+    name = raw_name(node).removesuffix("_")
+    if node.target in _OPERATORS:
+        target = _OPERATORS[node.target]
+    elif name not in _SAME_WITHOUT_UNDERSCORE:
         return None
-    example = value.meta.get("example_value", value.meta.get("val"))
-    return example.dtype if isinstance(example, torch.Tensor) else None
+    elif isinstance(node.target, OpOverload):
+        target = getattr(getattr(torch.ops.aten, name), node.target._overloadname, None)
+    elif node.op == "call_method":
+        target = name
+    else:
+        target = getattr(torch, name, None) or getattr(F, name, None)
+    return None if target is None else _Call(node.op, target, node.args, dict(node.kwargs))

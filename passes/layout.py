@@ -9,24 +9,16 @@ from collections.abc import Container
 
 from torch.fx import Node
 
-from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.axes import axis_order
+from mhc_compile.passes.opnames import first_input, op_name
 from mhc_compile.passes.values import dims as sizes_of
 
 # Axis of the features in the first operand, by operation. Convolutions and batch-like norms have
 # them behind the batch axis, matrix products and layer norms at the end.
-_LAST = frozenset(
-    {
-        "linear",
-        "addmm",
-        "matmul",
-        "mm",
-        "bmm",
-        "baddbmm",
-        "layer_norm",
-        "rms_norm",
-        "native_layer_norm",
-    }
-)
+_LAST = frozenset({
+    "linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "layer_norm", "rms_norm",
+    "native_layer_norm",
+})  # fmt: skip
 _SECOND = frozenset({
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "convolution",
@@ -60,7 +52,7 @@ def channel_axis(origin: Node, branch: Container[Node]) -> int:
                 continue
             seen.add(user)
             name = op_name(user)
-            first = user.args[0] if user.args else user.kwargs.get("input")
+            first = first_input(user)
             if name in _LAST and first is value:
                 return axes[-1] - rank
             if name in _SECOND and first is value and rank >= 3:
@@ -73,15 +65,7 @@ def channel_axis(origin: Node, branch: Container[Node]) -> int:
 
 def _moved(user: Node, value: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The axes of ``user`` in terms of the origin's; None where that cannot be followed."""
-    rank = len(axes)
-    if op_name(user) in ("permute", "transpose"):
-        given = user.args[1:] if len(user.args) != 2 else user.args[1]
-        if not isinstance(given, tuple | list) or not all(isinstance(a, int) for a in given):
-            return None
-        order = [int(a) % rank for a in given]
-        if op_name(user) == "transpose":
-            swapped = list(range(rank))
-            swapped[order[0]], swapped[order[1]] = order[1], order[0]
-            order = swapped
-        return tuple(axes[a] for a in order)
+    order = axis_order(user)
+    if order is not None:
+        return tuple(axes[axis] for axis in order)
     return axes if sizes_of(user) == sizes_of(value) else None

@@ -5,6 +5,7 @@ ATen overloads. Passes compare `op_name`, so that ``x + y``, ``torch.add``, ``x.
 ``aten.add.Tensor`` are all ``"add"``.
 """
 
+import inspect
 from functools import lru_cache
 from typing import Any
 
@@ -60,12 +61,45 @@ def op_name(node: Node) -> str:
 def is_in_place(node: Node) -> bool:
     """Whether the node writes its first argument: ``x += f``, ``relu(x, inplace=True)``."""
     name = raw_name(node)
-    if name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
+    if name in _IN_PLACE_OPERATORS or inplace_flag(node) is not None:
         return True
     if not name.endswith("_") or name.endswith("__"):
         return False
     # operator.and_ is named so because "and" is a keyword
     return getattr(node.target, "__module__", None) != "_operator"
+
+
+def inplace_flag(node: Node) -> int | str | None:
+    """Where the node is told to write its first argument: a position, or ``"inplace"``; else None.
+
+    >>> from torch.fx import Graph
+    >>> graph = Graph()
+    >>> x = graph.placeholder("x")
+    >>> inplace_flag(graph.call_function(F.relu, (x, True)))
+    1
+    """
+    if node.kwargs.get("inplace") is True:
+        return "inplace"
+    if node.op != "call_function" or not any(arg is True for arg in node.args):
+        return None
+    position = _inplace_position(node.target)
+    given = position is not None and position < len(node.args) and node.args[position] is True
+    return position if given else None
+
+
+def first_input(node: Node) -> Node | None:
+    """The node's first argument, also where it is spelt ``input=x``; None if it is no node."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, Node) else None
+
+
+@lru_cache(maxsize=4096)
+def _inplace_position(target: Any) -> int | None:
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a builtin
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 @lru_cache(maxsize=4096)

@@ -25,14 +25,13 @@ ROOT = ModuleCall("", "")
 
 def module_calls(node: Node) -> tuple[ModuleCall, ...]:
     """The module calls ``node`` happened in, outermost (`ROOT`) first."""
-    body = node.meta.get("custom", {}).get("mhc_body")
-    suffix = "" if body is None else f"#{body}"  # a checkpoint body counts its calls by itself
     calls = [ROOT]
     for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
         identity = key.partition("@")[0]
         if identity.isdecimal():
-            calls.append(ModuleCall(identity, key + suffix))
+            # Dynamo counts the calls of each path; a module may have two.
+            calls.append(ModuleCall(identity, f"{key} {path}"))
         elif path:
             # Export repeats the path as value and counts calls in the key.
-            calls.append(ModuleCall(path.partition("@")[0], key + suffix))
+            calls.append(ModuleCall(path.partition("@")[0], key))
     return tuple(calls)

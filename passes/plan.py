@@ -14,12 +14,12 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.flow import FlowIndex
-from mhc_compile.passes.lanes import NotLiftable, plan_lane
+from mhc_compile.passes.lane import NotLiftable
+from mhc_compile.passes.lanes import plan_lane
 from mhc_compile.passes.layout import channel_axis
-from mhc_compile.passes.opnames import is_in_place, op_name
 from mhc_compile.passes.sites import Residuals, ResidualSite
 from mhc_compile.passes.trunks import RootSearch, branch_nodes
-from mhc_compile.passes.values import describe, dims, is_state
+from mhc_compile.passes.values import describe, dims, dtype_of, is_state, rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Plan:
     arrivals: list[Boundary | None] = field(default_factory=list)
     """For each trunk, the graph input it starts from, if it does."""
     departures: list[Boundary | None] = field(default_factory=list)
-    """For each trunk, the graph output that shows its end, if one does."""
+    """For each trunk, the graph output that shows its end, if one does: it may go on elsewhere."""
     dims: dict[Node, int] = field(default_factory=dict)
     """Channel axis of every value that gets an n-stream twin."""
 
@@ -95,7 +95,8 @@ class _Planner:
         self.aliases = AliasIndex(graph)
         self.flow = FlowIndex(graph)
         self.plan = Plan(left=dict(refused))
-        self.trunk_of: dict[int, int] = {}
+        self.trunk_of: dict[int, int] = {}  # by site index
+        self.trunk_at: dict[Node, int] = {}  # by value that gets an n-stream twin
         self.branches: dict[int, frozenset[Node]] = {}
         self.by_origin: dict[Node, list[int]] = defaultdict(list)
         for index, site in enumerate(residuals.sites):
@@ -115,13 +116,15 @@ class _Planner:
         projected = site.form == "projection"
         values = (site.root, site.skip, *(() if projected else (*site.skip_path, site.origin)))
         for value in values:
-            if is_in_place(value) or self.aliases.is_written(value):
-                write = next(iter(self.aliases.writes[self.aliases.base(value)]), value)
+            if self.aliases.is_written(value):
+                write = self.aliases.writes[self.aliases.base(value)][0]
                 return (
                     f"{describe(write)} writes in place to a value of the trunk that is also "
-                    "visible under "
-                    "another name: write it out of place, as in x = x + f(x)"
+                    "visible under another name: write it out of place, as in x = x + f(x)"
                 )
+        dtype = dtype_of(site.root)
+        if dtype is None or not dtype.is_floating_point or not dims(site.root):
+            return f"its sum is {dtype} of rank {rank(site.root)}: streams hold real channels"
         for other in self.by_origin[site.origin] if not projected else ():
             if other != index and site.root in self._branch(other):
                 outer = describe(self.residuals.sites[other].root)
@@ -139,7 +142,7 @@ class _Planner:
         region: tuple[Node, ...] = ()
         trunk: int | None = None
         if site.origin in plan.dims:  # a fork: another site starts here too
-            trunk = self._trunk_at(site.origin)
+            trunk = self.trunk_at[site.origin]
         elif link.previous in self.trunk_of and not self._crosses_branch(
             index, link.previous, link.region
         ):
@@ -186,6 +189,7 @@ class _Planner:
             plan.trunks.append([])
         self.trunk_of[index] = trunk
         plan.dims.update(new)
+        self.trunk_at.update(dict.fromkeys(new, trunk))
         step = len(plan.trunks[trunk])
         entry = PlannedSite(index, site, trunk, step, start, region, branch, dim, width, is_entry)
         plan.sites.append(entry)
@@ -198,11 +202,7 @@ class _Planner:
         known = ChainMap(new, self.plan.dims)
         for node in region:
             planned = plan_lane(node, known)
-            if (
-                isinstance(planned, NotLiftable)
-                or is_in_place(node)
-                or self.aliases.is_written(node)
-            ):
+            if isinstance(planned, NotLiftable) or self.aliases.is_written(node):
                 return None
             new[node] = planned
         return new if root in known else None
@@ -219,12 +219,6 @@ class _Planner:
                     return True
         return False
 
-    def _trunk_at(self, value: Node) -> int:
-        for planned in self.plan.sites:
-            if value in (planned.start, planned.site.root, *planned.region):
-                return planned.trunk
-        raise AssertionError(f"{value} has streams, but no trunk")
-
     def _branch(self, index: int) -> frozenset[Node]:
         if index not in self.branches:
             self.branches[index] = frozenset(branch_nodes(self.flow, self.residuals.sites[index]))
@@ -235,11 +229,9 @@ class _Planner:
         inputs = {n: i for i, n in enumerate(n for n in self.graph.nodes if n.op == "placeholder")}
         plan.departures = [None] * len(plan.trunks)
         for trunk in plan.trunks:
-            origin = trunk[0].site.origin
-            arrives = origin in inputs and not is_state(origin)
-            plan.arrivals.append(
-                Boundary(origin, inputs[origin], trunk[0].dim) if arrives else None
-            )
+            start = trunk[0].start
+            arrives = start in inputs and not is_state(start)
+            plan.arrivals.append(Boundary(start, inputs[start], trunk[0].dim) if arrives else None)
         outputs = self.graph.output_node().args[0]
         if not plan.trunks or not isinstance(outputs, tuple | list):
             return
@@ -258,8 +250,3 @@ class _Planner:
             if followed is not None:
                 plan.dims.update(followed)
                 plan.departures[lasts[root]] = Boundary(value, position, plan.dims[value], region)
-
-
-def on_trunk(planned: PlannedSite) -> tuple[str, ...]:
-    """Names of the operations between the previous site and this one."""
-    return tuple(op_name(node) for node in planned.region)

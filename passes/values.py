@@ -8,14 +8,18 @@ to the compilation, so `dims` and `numel` hand out their expressions, which comp
 import math
 import re
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+VALUE_KEYS = ("example_value", "val", "tensor_meta")
+"""Metadata that describes a node's value, and so does not fit another node."""
+
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+# The forward that converted modules get runs around the user's own, and is not the user's.
+_OURS = "mhc_compile/guard.py"
 # What a Dynamo source passes through when the value is kept by a module.
 _STATE = ("._parameters[", "._buffers[", "._modules[")
 
@@ -85,18 +89,23 @@ def is_state(node: Node) -> bool:
 
 
 def source_line(node: Node) -> str:
-    """``file.py:123`` of the innermost frame that made the node; "" if none was recorded."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    if not frames:
-        return ""
-    path, line = frames[-1]
-    return f"{PurePath(path).name}:{line}"
+    """``file.py:123`` of the innermost user frame that made the node; "" if none was recorded."""
+    for path, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
+        path = path.replace(chr(92), "/")
+        if not path.endswith(_OURS):
+            return f"{path.rsplit('/', 1)[-1]}:{line}"
+    return ""
 
 
 def describe(node: Node) -> str:
     """The node for a person: its name, and its line where one is known."""
     line = source_line(node)
     return f"'{node.name}' ({line})" if line else f"'{node.name}'"
+
+
+def meta_of_part(node: Node) -> dict[str, Any]:
+    """Metadata for a new node that stands for a part of ``node``: all but what tells its value."""
+    return {key: value for key, value in node.meta.items() if key not in VALUE_KEYS}
 
 
 def _attribute(node: Node) -> Any:
@@ -119,4 +128,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _size(size: Any) -> int | Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression  # a size that turned out fixed

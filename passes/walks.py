@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from mhc_compile.passes.flow import FlowIndex
-from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.opnames import first_input, op_name
 from mhc_compile.passes.sums import operands
 from mhc_compile.passes.values import is_tensor, numel
 from mhc_compile.passes.vocabulary import (
@@ -36,9 +36,9 @@ def plain_step(index: FlowIndex, node: Node) -> Node | None:
     """The value that ``node`` copies, or scales by constants; None if it does anything more."""
     name = op_name(node)
     if name in LAYOUT or name in CAST or name in DROPOUT:
-        return _first(node)
+        return first_input(node)
     if name == "getitem":
-        source = _first(node)
+        source = first_input(node)
         if source is None or not is_tensor(source):
             return source
         return source if numel(source) == numel(node) else None
@@ -74,8 +74,3 @@ def _scaled(index: FlowIndex, node: Node) -> Node | None:
     if op_name(node) == "div" and factors[0] is not node.args[0]:
         return None  # c / x
     return factors[0]
-
-
-def _first(node: Node) -> Node | None:
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    return first if isinstance(first, Node) else None

@@ -6,6 +6,7 @@
 Paper: arXiv 2512.24880, equations (3) and (14)-(19).
 """
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +17,17 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.passes.lanes import Lane, emit_lane
+from mhc_compile.passes.lane import Lane
+from mhc_compile.passes.lanes import emit_lane
 from mhc_compile.passes.opnames import op_name
-from mhc_compile.passes.plan import Plan, PlannedSite
-from mhc_compile.passes.values import dims, dtype_of
+from mhc_compile.passes.plan import Boundary, Plan, PlannedSite
+from mhc_compile.passes.values import dims, dtype_of, meta_of_part
 
 _SHAPE_ONLY = frozenset({
-    "dim", "empty_like", "full_like", "is_floating_point", "new_empty", "new_full", "new_ones",
-    "new_zeros", "numel",
-    "ones_like", "rand_like", "randn_like", "size", "sym_numel", "sym_size", "zeros_like",
+    "device", "dim", "dtype", "empty_like", "full_like", "is_floating_point", "ndim", "new_empty",
+    "new_full", "new_ones", "new_zeros", "numel", "ones_like", "rand_like", "randn_like", "shape",
+    "size", "sym_numel", "sym_size", "zeros_like",
 })  # fmt: skip
-_VALUE_META = ("example_value", "val", "tensor_meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,15 @@ class Head:
     inputs: SiteInputs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A trunk whose streams go on in another graph."""
+
+    boundary: Boundary
+    is_end: bool
+    """Whether some use of its last site is the end of the trunk, where users see its value."""
+
+
 @dataclass(slots=True)
 class Widening:
     """Everything the rewrite needs beside the graph, and what it leaves for its caller."""
@@ -59,6 +69,8 @@ class Widening:
     """Trunk -> how it ends; the mean where a trunk is missing."""
     arriving: Mapping[Node, Lane] = field(default_factory=dict)
     """Values whose streams come from another graph: no expand there."""
+    departing: Sequence["Departure"] = ()
+    """Trunks whose streams go on in another graph."""
     middle: str = "mean"
     """How readers in the middle of a trunk see it: "mean" or "sum"."""
     lanes: dict[Node, Lane] = field(default_factory=dict)
@@ -85,7 +97,11 @@ class _Widener:
         self.graph = graph
         self.widening = widening
         self.lanes = widening.lanes
-        self.replaced: list[Node] = []  # nodes whose value now lives in a lane, in graph order
+        self.replaced: list[
+            Node
+        ] = []  # values that now live in a lane, operands before their readers
+        inputs = list(graph.find_nodes(op="placeholder"))
+        self.last_input = inputs[-1] if inputs else next(iter(graph.nodes))
         self.heads = {
             trunk[-1].site.root: widening.heads[trunk[-1].trunk]
             for trunk in widening.plan.trunks
@@ -95,9 +111,10 @@ class _Widener:
     def run(self) -> None:
         for planned in self.widening.plan.sites:
             self._widen(planned)
-        for departure in self.widening.plan.departures:
-            for node in departure.region if departure is not None else ():
-                self._lift(node)
+        for departure in self.widening.departing:
+            for node in departure.boundary.region:
+                # At an exit the plain operations stay as well: they act on the collapsed value.
+                self._lift(node, replace=not departure.is_end)
         gone = set(self.replaced)
         for value in self.replaced:
             self._serve_readers(value, gone)
@@ -129,25 +146,23 @@ class _Widener:
         if arriving is not None:
             self.lanes[origin] = arriving
             return
-        with self.graph.inserting_after(_last_input(self.graph) if _is_input(origin) else origin):
+        with self.graph.inserting_after(self._behind(origin)):
             arguments = (origin, inputs.spec.streams, planned.dim)
             node = self._call(torch.ops.mhc.expand.default, arguments, f"{origin.name}_streams")
         _describe(node, planned.site.root, inputs.name)
         self.lanes[origin] = Lane(node, planned.dim, inputs.spec.streams)
 
-    def _lift(self, node: Node) -> None:
+    def _lift(self, node: Node, *, replace: bool = True) -> None:
         if node not in self.lanes:
             self.lanes[node] = emit_lane(self.graph, node, self.lanes)
-            self.replaced.append(node)
+            if replace:
+                self.replaced.append(node)
 
     def _pre(
         self, planned: PlannedSite, inputs: SiteInputs, state: Lane
     ) -> tuple[Node, Node, Node]:
         root = planned.site.root
-        anchor = state.node
-        if _is_input(anchor):
-            anchor = _last_input(self.graph)
-        with self.graph.inserting_after(anchor):
+        with self.graph.inserting_after(self._behind(state.node)):
             arguments = (state.node, inputs.phi, inputs.bias, inputs.alpha, inputs.spec.encode())
             pre = self._call(torch.ops.mhc.pre.default, arguments, "pre")
         _describe(pre, root, inputs.name)
@@ -162,28 +177,35 @@ class _Widener:
 
     def _post(self, planned: PlannedSite, inputs: SiteInputs, h_post: Node, h_res: Node) -> None:
         site, graph = planned.site, self.graph
-        skip = self.lanes[site.skip]
+        skip, dtype = self.lanes[site.skip], dtype_of(site.root)
+        new = site.root.prev
         with graph.inserting_before(site.root):
-            branch = site.branches[0]
-            for other in site.branches[1:]:
-                branch = graph.call_function(operator.add, (branch, other))
-                _describe(branch, site.root, inputs.name)
-            if dims(site.root) not in [
-                dims(leaf) for leaf in site.branches
-            ]:  # a branch per channel or per token
+            state = skip.node
+            if dtype != dtype_of(site.skip):  # the sum promotes
+                state = graph.call_method("to", (state, dtype))
+            branch = self._sum(site.branches, dtype)
+            if dims(site.root) not in [dims(leaf) for leaf in site.branches]:  # one per channel ...
                 first = graph.call_function(torch.select, (skip.node, skip.dim - 1, 0))
                 branch = graph.call_function(torch.broadcast_tensors, (branch, first))
                 branch = graph.call_function(operator.getitem, (branch, 0))
-            state = skip.node
-            if dtype_of(site.root) != dtype_of(site.skip):  # type promotion of the sum
-                state = graph.call_method("to", (state, dtype_of(site.root)))
-                _describe(state, site.root, inputs.name)
-            spec = inputs.spec.encode()
-            arguments = (state, branch, h_post, h_res, spec)
+            arguments = (state, branch, h_post, h_res, inputs.spec.encode())
             post = self._call(torch.ops.mhc.post.default, arguments, f"{site.root.name}_streams")
-        _describe(post, site.root, inputs.name)
+        while (new := new.next) is not site.root:
+            _describe(new, site.root, inputs.name)
         self.lanes[site.root] = Lane(post, skip.dim, skip.streams)
-        self.replaced += [*site.inner, site.root]
+        self.replaced += [*reversed(site.inner), site.root]  # operands first
+
+    def _sum(self, branches: Sequence[Node], dtype: torch.dtype | None) -> Node:
+        """The sum of all branches: in the dtype of the whole sum, for their order may change."""
+        if len(branches) == 1:
+            return branches[0]
+        terms = [
+            leaf if dtype_of(leaf) == dtype else self.graph.call_method("to", (leaf, dtype))
+            for leaf in branches
+        ]
+        return functools.reduce(
+            lambda left, right: self.graph.call_function(operator.add, (left, right)), terms
+        )
 
     def _serve_readers(self, value: Node, gone: set[Node]) -> None:
         """Give every remaining reader of a trunk value its collapse."""
@@ -202,28 +224,20 @@ class _Widener:
         for reader in readers:
             reader.replace_input_with(value, node)
 
+    def _behind(self, node: Node) -> Node:
+        """Where new nodes that read ``node`` go: inputs stay together."""
+        return self.last_input if node.op == "placeholder" else node
+
     def _call(self, target: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Node:
         return self.graph.create_node("call_function", target, arguments, name=name)
 
 
-def _is_input(node: Node) -> bool:
-    return node.op == "placeholder"
-
-
-def _last_input(graph: Graph) -> Node:
-    last: Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    return last
-
-
 def _reads_shape_only(node: Node) -> bool:
     """Whether a reader sees sizes and kinds but no values: any tensor of the shape will do."""
-    name = op_name(node)
-    if name == "getattr":
-        return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return name in _SHAPE_ONLY
+    return op_name(node) in _SHAPE_ONLY
 
 
 def _describe(node: Node, origin: Node, name: str) -> None:
     """Source line, owner and recompute tags of a new node: those of the operation it stands for."""
-    node.meta = {k: v for k, v in origin.meta.items() if k not in _VALUE_META}
+    node.meta = meta_of_part(origin)
     node.meta["custom"] = {**origin.meta.get("custom", {}), "mhc": name}

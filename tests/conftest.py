@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +13,13 @@ os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "inductor")
 )
 
-# transformers imports a package "kernels" if it finds one, and our folder of that name lies on the
-# path when tests run from the checkout. A None entry means "there is none".
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-
-# torch writes its structured trace for any handler it finds, and pytest's takes every record: a
-# third of the time of a test that compiles.
+# torch writes its structured trace for any handler it finds, and pytest takes every record: a third
+# of the time of a test that compiles.
 logging.getLogger("torch.__trace").propagate = False
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))

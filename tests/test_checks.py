@@ -26,9 +26,9 @@ from tests.mhc_graphs import WIDTH, rewritten_network
 
 def _moved_network(spec: SiteSpec) -> tuple[fx.GraphModule, list[str]]:
     module = rewritten_network(spec)
-    new = {name: p for name, p in module.named_parameters() if ".mhc." in name}
-    perturb(new)
-    return module, list(new)
+    new = [name for name, _ in module.named_parameters() if ".mhc." in name]
+    perturb(module, new)
+    return module, new
 
 
 def test_outputs_are_compared_relative_to_their_size() -> None:
@@ -65,6 +65,14 @@ def test_a_gradient_of_pure_rounding_is_no_failure_but_a_lost_one_is() -> None:
     assert compare_gradients("g", expected, noise).passed
     lost = {"weight": torch.zeros(2), "key.bias": torch.full((2,), 1e-9)}
     assert compare_gradients("g", expected, lost).value == pytest.approx(1.0)
+
+
+def test_a_bound_grows_with_the_noise_of_float32_itself_and_no_further() -> None:
+    exact = {"a": torch.ones(1, dtype=torch.float64)}
+    noisy, wrong = {"a": torch.tensor([1.001])}, {"a": torch.tensor([1.01])}
+    assert compare_outputs("o", noisy, {"a": torch.tensor([0.999])}, exact).passed
+    assert not compare_outputs("o", noisy, wrong, exact).passed
+    assert not compare_outputs("o", noisy, {"a": torch.tensor([0.999])}).passed
 
 
 def test_float_outputs_are_found_in_nested_results() -> None:

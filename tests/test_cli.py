@@ -19,6 +19,24 @@ def build(width=8):
     return torch.nn.Linear(width, width), (torch.randn(2, width),)
 """
 
+RESIDUAL = """
+import torch
+from torch import nn
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+def build():
+    return Residual(), (torch.randn(2, 8),)
+"""
+
 
 @pytest.fixture
 def toy(tmp_path: Path) -> str:
@@ -165,3 +183,59 @@ def test_flags_and_settings_arrive_at_the_configuration_and_the_target(
 def test_without_flags_the_configuration_is_the_default(toy: str, explain: _Explain) -> None:
     assert cli.main(["explain", toy]) == 0
     assert explain.config == MHCConfig()
+
+
+def test_explain_finds_the_sites_of_a_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "hf:gpt2", "--require-match", "--set", "n_layer=3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [site["name"] for site in report["sites"]] == [
+        f"transformer.h.{layer}.add{add}" for layer in range(3) for add in range(2)
+    ]
+    assert len(report["trunks"]) == 1
+
+
+def test_dump_shows_mhc_ops_where_the_residual_adds_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["dump", "hf:gpt2", "--out", str(tmp_path), "--set", "n_layer=1"]) == 0
+    assert "GPT2LMHeadModel: 2 residual sites" in capsys.readouterr().out
+    graph = tmp_path / "graph_0" / "fw"
+    before, after = (graph / f"{name}.txt" for name in ("00_before", "99_after"))
+    assert "torch.ops.mhc" not in before.read_text()
+    for op, times in {"expand": 1, "pre": 2, "post": 2, "collapse": 1}.items():
+        assert after.read_text().count(f"torch.ops.mhc.{op}.default(") == times
+    diff = (graph / "before_after.diff").read_text()
+    assert any(line.startswith("-") and "attn_output" in line for line in diff.splitlines())
+
+
+@pytest.mark.slow
+def test_dump_of_a_model_is_the_same_twice(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert cli.main(["dump", "hf:llama", "--out", str(tmp_path / name), "--json"]) == 0
+    first = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*.*")}
+    second = {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*.*")}
+    assert first == second
+    assert len(first) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["hf:gpt2", "hf:llama", "hf:t5", "hf:vit"])
+def test_verify_passes_on_real_architectures(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", target, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert len(report["checks"]) == 9
+
+
+def test_verify_exits_with_1_and_names_what_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cli_residual_model.py"
+    path.write_text(RESIDUAL)
+    assert cli.main(["verify", f"{path}:build", "--iters", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "a property does not hold" in shown.out
+    assert any(line.endswith("FAILED") for line in shown.out.splitlines())
+    assert shown.err.startswith("error: Residual: column sums of H_res:")

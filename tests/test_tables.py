@@ -12,6 +12,13 @@ def test_summary_counts_what_was_taken_and_what_was_left() -> None:
     )
 
 
+def test_parameters_of_a_layer_that_runs_twice_count_once() -> None:
+    site = replace(example_report().sites[0], parameters=1000)
+    assert summary_line(replace(example_report(), sites=(site, site))).endswith(
+        "1 graph, 1,000 new parameters"
+    )
+
+
 def test_rejected_adds_are_grouped_by_clause_with_the_commonest_first() -> None:
     rejected = report_tables(example_report())[-1]
     assert rejected.rows == (

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from mhc_compile.passes.plan import Plan
+from mhc_compile.passes.widen import Widening
+from mhc_compile.pipeline import canonical_passes, rewrite_passes, run_passes
+
+
+def graph_module():
+    graph = Graph()
+    graph.output(graph.call_function(torch.neg, (graph.placeholder("x"),)))
+    return GraphModule(nn.Module(), graph)
+
+
+def replace_neg(gm, example_inputs):
+    for node in gm.graph.nodes:
+        if node.target is torch.neg:
+            node.target = torch.abs
+            return PassResult(gm, True)
+    return PassResult(gm, False)
+
+
+def test_the_passes_and_their_order_are_these():
+    assert [name for name, _ in canonical_passes()] == ["canonicalize_pass"]
+    assert [name for name, _ in rewrite_passes(Widening(Plan(), {}))] == ["widen_trunks_pass"]
+
+
+def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
+    passes = [*canonical_passes(), *rewrite_passes(Widening(Plan(), {}))]
+    for _, function in passes:
+        gm = graph_module()
+        assert function(gm, ()) == PassResult(gm, False)
+
+
+def test_the_runner_recompiles_and_shows_only_what_changed():
+    gm, seen = graph_module(), []
+    passes = [("first", replace_neg), ("second", replace_neg)]
+    assert run_passes(gm, (), passes, lambda name, shown: seen.append((name, shown)))
+    assert seen == [("first", gm)]
+    assert gm(torch.tensor(-1.0)) == 1.0
+    assert not run_passes(gm, (), passes, lambda name, shown: seen.append((name, shown)))
+    assert len(seen) == 1
+
+
+def test_the_runner_passes_the_inputs_on():
+    inputs = []
+
+    def look(gm, example_inputs):
+        inputs.append(example_inputs)
+        return PassResult(gm, False)
+
+    example = (torch.ones(1),)
+    assert not run_passes(graph_module(), example, [("look", look)])
+    assert inputs == [example]
+
+
+def test_a_pass_that_breaks_the_graph_is_stopped():
+    def unsort(gm, example_inputs):
+        x, neg, _ = gm.graph.nodes
+        neg.append(x)
+        return PassResult(gm, True)
+
+    with pytest.raises(RuntimeError, match="before it has been defined"):
+        run_passes(graph_module(), (), [("unsort", unsort)])
