@@ -74,11 +74,13 @@ def test_every_site_is_converted_or_left_with_its_reason(trial: Trial) -> None:
     assert all(site.parameters > 0 for site in trial.report.converted)
 
 
-def test_outputs_are_those_of_the_plain_model(trial: Trial) -> None:
+def test_outputs_are_those_of_the_plain_model(named_trial: tuple[str, Trial]) -> None:
+    name, trial = named_trial
+    bound = 2e-6 if name in LAYERS else OUTPUT_BOUND
     assert trial.eval_error is not None
-    assert trial.eval_error <= OUTPUT_BOUND
-    assert compared(trial).outputs <= OUTPUT_BOUND
-    assert compared(trial).buffers <= OUTPUT_BOUND
+    assert trial.eval_error <= bound
+    assert compared(trial).outputs <= bound
+    assert compared(trial).buffers <= bound
 
 
 def test_gradients_of_old_parameters_are_those_of_the_plain_model(

@@ -88,10 +88,6 @@ hf(
     lambda: {"pixel_values": torch.randn(BATCH, 4, 3, 32, 32)}, num_frames=4, **VIT,
 )  # fmt: skip
 hf(
-    "swinv2_hf", "Swinv2Model", "Swinv2Config", image(64),
-    image_size=64, patch_size=4, embed_dim=16, depths=[2, 3], num_heads=[2, 4], window_size=4,
-)  # fmt: skip
-hf(
     "focalnet", "FocalNetModel", "FocalNetConfig", image(64),
     image_size=64, patch_size=4, embed_dim=16, depths=[2, 3], hidden_sizes=[16, 32],
     focal_levels=[2, 2], focal_windows=[3, 3],

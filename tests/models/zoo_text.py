@@ -67,7 +67,6 @@ for _name, _model in {
     "phi3": "Phi3",
     "olmo2": "Olmo2",
     "starcoder2": "Starcoder2",
-    "nemotron": "Nemotron",
     "glm4": "Glm4",
     "stablelm": "StableLm",
     "phi": "Phi",
@@ -85,7 +84,6 @@ hf(
     "qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", causal(),
     head_dim=16, moe_intermediate_size=32, **_EXPERTS, **GQA,
 )  # fmt: skip
-hf("olmoe", "OlmoeForCausalLM", "OlmoeConfig", causal(), pad_token_id=0, **_EXPERTS, **GQA)
 hf(
     "qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig", causal(),
     head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
@@ -105,22 +103,11 @@ hf(
 )  # fmt: skip
 _GPT = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, **TOKENS}
 hf("gptj", "GPTJForCausalLM", "GPTJConfig", causal(), rotary_dim=8, **_GPT)
-hf("codegen", "CodeGenForCausalLM", "CodeGenConfig", causal(), rotary_dim=8, **_GPT)
 hf("gpt_bigcode", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", causal(), **_GPT)
 hf("openai_gpt", "OpenAIGPTLMHeadModel", "OpenAIGPTConfig", encoder, **_GPT)
 hf(
-    "gpt_neo", "GPTNeoForCausalLM", "GPTNeoConfig", causal(),
-    vocab_size=VOCAB, hidden_size=64, num_layers=3, num_heads=4, max_position_embeddings=64,
-    attention_types=[[["global", "local", "global"], 1]], window_size=8, **TOKENS,
-)  # fmt: skip
-hf(
     "bloom", "BloomForCausalLM", "BloomConfig", causal(),
     vocab_size=VOCAB, hidden_size=64, n_layer=3, n_head=4, **TOKENS,
-)  # fmt: skip
-hf(
-    "xglm", "XGLMForCausalLM", "XGLMConfig", causal(),
-    vocab_size=VOCAB, d_model=64, ffn_dim=96, num_layers=3, attention_heads=4,
-    max_position_embeddings=64,
 )  # fmt: skip
 _SSM = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 hf(
@@ -180,14 +167,12 @@ hf(
 )  # fmt: skip
 for _name, _model in {
     "roberta": "Roberta",
-    "electra": "Electra",
     "deberta": "Deberta",
     "esm": "Esm",
     "megatron_bert": "MegatronBert",
     "mpnet": "MPNet",
     "modernbert": "ModernBert",
     "squeezebert": "SqueezeBert",
-    "roformer": "RoFormer",
 }.items():
     hf(
         _name,
@@ -228,7 +213,6 @@ _STACKS = {
 hf("mbart", "MBartForConditionalGeneration", "MBartConfig", seq2seq, **_STACKS)
 hf("pegasus", "PegasusForConditionalGeneration", "PegasusConfig", seq2seq, **_STACKS)
 hf("m2m_100", "M2M100ForConditionalGeneration", "M2M100Config", seq2seq, **_STACKS)
-hf("marian", "MarianMTModel", "MarianConfig", seq2seq, **_STACKS)
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": 64,

@@ -374,6 +374,26 @@ def test_bias_shared_by_all_layers_is_injected_into_branches():
     assert all("nested" not in site.traits for site in found.sites)
 
 
+def test_attention_of_n_heads_of_width_n_is_no_stream_mixing():
+    b = Builder()
+    heads = 4
+    x = b.input(2, 6, heads * heads)
+    query, key, value = (
+        b.method("permute", b.method("view", b.linear(x), 2, 6, heads, heads), 0, 2, 1, 3)
+        for _ in range(3)
+    )
+    # 4 tokens are read, so that the keys are square as a mixing matrix is
+    key = b.method("transpose", b.method("narrow", key, 2, 0, heads), -2, -1)
+    scores = b.call(torch.matmul, query, key)
+    biased = b.call(operator.add, b.call(operator.mul, scores, 0.5), b.parameter(heads, 6, heads))
+    weights = b.method("softmax", biased, -1)
+    out = b.call(torch.matmul, weights, b.method("narrow", value, 2, 0, heads))
+    out = b.method("reshape", b.method("permute", out, 0, 2, 1, 3), 2, 6, heads * heads)
+    found = find_residuals(b.output(b.call(operator.add, x, b.linear(out))))
+    assert len(found.sites) == 1
+    assert "already hyper-connected" not in {entry.clause for entry in found.rejected}
+
+
 def test_model_that_mixes_streams_of_its_own_is_refused():
     b = Builder()
     n, width = 3, 4

@@ -64,6 +64,28 @@ def test_written_out_norm_on_the_trunk_is_one_region():
     assert found.sites[0].traits == ("post-norm",)
 
 
+def test_norm_that_subtracts_the_mean_twice_is_one_region():
+    b = Builder()
+    first = residual(b, b.input(*SHAPE))
+    mean = b.method("mean", first, -1, keepdim=True)
+    square = b.method("pow", b.call(operator.sub, first, mean), 2)
+    deviation = b.call(torch.sqrt, b.method("mean", square, -1, keepdim=True))
+    normed = b.call(operator.truediv, b.call(operator.sub, first, mean), deviation)
+    found = find_residuals(b.output(residual(b, normed)))
+    assert found.trunks == ((0, 1),)
+    assert found.links[1].region[-1] is normed
+    assert len(found.links[1].region) == 7
+
+
+def test_gate_computed_by_a_layer_ends_a_trunk():
+    b = Builder()
+    first = residual(b, b.input(*SHAPE))
+    gate = b.call(torch.sigmoid, b.linear(b.method("mean", first, 1, keepdim=True)))
+    gated = b.call(operator.mul, first, gate)
+    found = find_residuals(b.output(residual(b, gated)))
+    assert found.trunks == ((0,), (1,))
+
+
 def test_activation_scale_layout_and_position_on_the_trunk_do_not_end_it():
     b = Builder()
     x = residual(b, b.input(*SHAPE))
