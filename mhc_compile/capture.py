@@ -153,6 +153,14 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     attributes = [(module, dict(vars(module))) for module in model.modules()]
+    # A library may hook a module on its first call and note so in an attribute: put back both, or
+    # the next call would hook it twice.
+    contents = [
+        (value, dict(value))
+        for _, saved in attributes
+        for value in saved.values()
+        if isinstance(value, dict)
+    ]
     for module, _ in attributes:
         module._compiled_call_impl = None
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -163,6 +171,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         for module, saved_attributes in attributes:
             vars(module).clear()
             vars(module).update(saved_attributes)
+        for value, content in contents:
+            value.clear()
+            value.update(content)
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer

@@ -172,3 +172,24 @@ def test_code_without_a_file_converts() -> None:
     assert len(mhc_compile.convert_(model, x).converted) == 1
     output = torch.compile(model, backend="mhc", options=EAGER)(x)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
+
+
+class _HooksItself(nn.Module):
+    """Installs a hook on its first call, and remembers that in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.hooked = PreNorm(), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.hooked:
+            self.block.register_forward_hook(lambda module, args, output: output)
+            self.hooked = True
+        return self.block(x)
+
+
+def test_hooks_a_model_installs_while_it_is_traced_are_taken_off_again() -> None:
+    model = _HooksItself()
+    mhc_compile.explain(model, torch.randn(2, 3, 8))
+    assert not model.hooked
+    assert not model.block._forward_hooks
