@@ -32,12 +32,13 @@ class Frame:
         self._tx = tx
         self._gm = gm
         self._sources: dict[int, Source] = {}
-        self._modules: dict[int, nn.Module] = {}
+        self.modules: dict[int, nn.Module] = {}
+        """Every module reachable from the frame's variables, by ``id``."""
         for source, value in self._named_modules():
             self._sources.setdefault(id(value), source)
-            if id(value) not in self._modules:  # a part of one that is known brings nothing new
+            if id(value) not in self.modules:  # a part of one that is known brings nothing new
                 for module in value.modules():
-                    self._modules.setdefault(id(module), module)
+                    self.modules.setdefault(id(module), module)
 
     @classmethod
     def current(cls, gm: GraphModule) -> "Frame":
@@ -57,11 +58,9 @@ class Frame:
             )
         if gm.graph is not tx.output.graph:
             raise UnsupportedGraphError(
-                "DistributedDataParallel cut the graph into pieces before the mhc backend saw "
-                "it, so that no piece "
-                "holds a whole trunk: set torch._dynamo.config.optimize_ddp = False (or "
-                "'python_reducer') before "
-                "the first call"
+                "DistributedDataParallel cut the graph into pieces before the mhc backend saw it, "
+                "so that no piece holds a whole trunk: set torch._dynamo.config.optimize_ddp = "
+                "False (or 'python_reducer') before the first call"
             )
         return cls(tx, gm)
 
@@ -75,11 +74,6 @@ class Frame:
         # A resumed frame reorders its variables; torch wraps the forward of its own modules.
         found = scope.get("self", scope.get("fn"))
         return found if isinstance(found, nn.Module) else None
-
-    @property
-    def modules(self) -> dict[int, nn.Module]:
-        """Every module reachable from the frame's variables, by ``id``."""
-        return self._modules
 
     @property
     def names(self) -> dict[int, str]:
@@ -152,7 +146,7 @@ class Frame:
         if known is not None:
             return known
         for ident, source in list(self._sources.items()):
-            ancestor = self._modules[ident]
+            ancestor = self.modules[ident]
             for path, module in ancestor.named_modules():
                 if module is owner:
                     for key in path.split("."):
@@ -169,8 +163,7 @@ class Frame:
 def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     """A copy of a captured graph to rewrite, and where each node went.
 
-    Dynamo builds its calls from the given graph after the backend returned: that one must stay
-    whole.
+    Dynamo builds its calls from the given graph after the backend returned: that stays whole.
     """
     graph = Graph()
     where: dict[Node, Node] = {}
@@ -224,8 +217,7 @@ def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
 def passing_through(error: Exception) -> Exception:
     """``error`` as an exception that Dynamo hands to the user as it is.
 
-    Any other becomes a BackendCompilerFailed, which ``except UnsupportedGraphError`` does not
-    catch.
+    Others become a BackendCompilerFailed, which ``except UnsupportedGraphError`` does not catch.
     """
     kind = type(error)
 

@@ -1,6 +1,6 @@
 """Look at one captured graph: its sites, who keeps them, and what would be rewritten."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.config import MHCConfig
 from mhc_compile.hosts import HostedSite, Resolve, erase_markers, hosted_sites, marked_calls
-from mhc_compile.passes.plan import Plan, plan_trunks
+from mhc_compile.passes.plan import Plan, PlannedSite, plan_trunks
 from mhc_compile.passes.residuals import find_residuals
 from mhc_compile.passes.sites import Residuals
 from mhc_compile.pipeline import Observer, canonical_passes, run_passes
@@ -27,6 +27,12 @@ class Analysis:
     plan: Plan
     markers: dict[tuple[int, str], nn.Module] = field(default_factory=dict)
     """Calls of converted modules in this graph."""
+
+    def host_of(self, planned: PlannedSite) -> nn.Module:
+        """The module that keeps a planned site."""
+        host = self.hosted[planned.index].host
+        assert host is not None, "a site without a host is refused before planning"
+        return host
 
 
 def analyse(
@@ -57,12 +63,26 @@ def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> A
 
 
 def _planned(analysis: Analysis, refuse: Refuse) -> Analysis:
-    refused = {site.index: site.refusal for site in analysis.hosted if site.refusal}
-    refused.update(refuse(analysis.hosted))
+    refused = dict(refuse(analysis.hosted))
+    refused.update({site.index: site.refusal for site in analysis.hosted if site.refusal})
     return replace(analysis, plan=plan_trunks(analysis.gm.graph, analysis.residuals, refused))
 
 
-def filtered(name: str, config: MHCConfig) -> str | None:
+def refuse_filtered(
+    hosted: Sequence[HostedSite], config: MHCConfig, names: Mapping[int, str]
+) -> dict[int, str]:
+    """The sites that the configuration leaves out, by index, and why.
+
+    Args:
+        hosted: sites of one graph.
+        config: its ``streams``, ``include`` and ``exclude`` count.
+        names: path of each module, by ``id``.
+    """
+    reasons = {site.index: _filtered(site.name(names), config) for site in hosted}
+    return {index: reason for index, reason in reasons.items() if reason is not None}
+
+
+def _filtered(name: str, config: MHCConfig) -> str | None:
     """Why the configuration leaves a site named ``name`` out, or None."""
     if config.streams == 1:
         return "streams=1 is the plain residual"

@@ -9,7 +9,6 @@ from torch.fx import GraphModule, Node
 from mhc_compile._torch_private import Frame
 from mhc_compile.analysis import Analysis
 from mhc_compile.passes.lane import Lane
-from mhc_compile.passes.plan import PlannedSite
 from mhc_compile.passes.widen import Departure, Head, SiteInputs, Widening
 from mhc_compile.site import MHCSite, MHCSites, SiteRecord
 
@@ -39,13 +38,12 @@ def bind(
     plan = analysis.plan
     inputs, heads, middle = {}, {}, "mean"
     for planned in plan.sites:
-        record, host = records[planned.index], host_of(analysis, planned)
+        record, host = records[planned.index], analysis.host_of(planned)
         sites = sites_of(host)
         assert sites is not None, "a planned site has parameters"
         middle = "sum" if sites.config["collapse"] == "sum" else "mean"
         nodes = {name: node_of(host, record.key, name) for name in parameter_names(sites, record)}
-        site = sites[record.key]
-        assert isinstance(site, MHCSite)
+        site = sites.site(record.key)
         own = {name: node for name, node in nodes.items() if not name.startswith("head_")}
         head = {name.removeprefix("head_"): node for name, node in nodes.items() if name not in own}
         inputs[planned.index] = _inputs(record.key, site, planned.dim, own)
@@ -59,16 +57,9 @@ def bind(
     )
 
 
-def host_of(analysis: Analysis, planned: PlannedSite) -> nn.Module:
-    """The module that keeps a planned site."""
-    host = analysis.hosted[planned.index].host
-    assert host is not None, "a site without a host is refused before planning"
-    return host
-
-
 def parameter_names(sites: MHCSites, record: SiteRecord) -> list[str]:
     """Parameters of one site: bias, phi and alpha if dynamic, head_* for a learned collapse."""
-    return [name for name, _ in sites[record.key].named_parameters(recurse=False)]
+    return [name for name, _ in sites.site(record.key).named_parameters(recurse=False)]
 
 
 def lift_parameters(
@@ -91,7 +82,7 @@ def lift_parameters(
     """
     lifted: dict[tuple[int, str, str], Node] = {}
     for planned in analysis.plan.sites:
-        record, host = records[planned.index], host_of(analysis, planned)
+        record, host = records[planned.index], analysis.host_of(planned)
         sites = sites_of(host)
         assert sites is not None
         for name in parameter_names(sites, record):

@@ -11,7 +11,7 @@ from mhc_compile import carry
 from mhc_compile._torch_private import Compiled, fake_like, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
-from mhc_compile.match import site_named, sites_of
+from mhc_compile.match import sites_of
 from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.plan import Boundary
 from mhc_compile.passes.widen import Departure, Widening
@@ -57,11 +57,10 @@ class Borders:
             plan.trunks, plan.arrivals, plan.departures, strict=True
         ):
             first, last = records[trunk[0].index], records[trunk[-1].index]
-            host = analysis.hosted[trunk[0].index].host
-            sites = sites_of(host) if host is not None else None
-            assert sites is not None
             if arrival is not None and first.follows:
-                streams = site_named(sites, first.key).spec.streams
+                sites = sites_of(analysis.host_of(trunk[0]))
+                assert sites is not None, "a planned site has parameters"
+                streams = sites.site(first.key).spec.streams
                 self._arrivals.append(_Arrival(arrival, first, streams))
             elif not first.starts:
                 raise UnsupportedGraphError(

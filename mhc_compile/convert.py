@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
-from mhc_compile.analysis import filtered
+from mhc_compile.analysis import refuse_filtered
 from mhc_compile.capture import GraphObserver, capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.guard import check_calls_, refuse_wrapped, uncheck_calls_
-from mhc_compile.hosts import HostedSite
 from mhc_compile.kernels.init import initial_head, initial_parameters
 from mhc_compile.match import SEEN, sites_of
 from mhc_compile.report import Report
@@ -38,7 +37,9 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     """
     config = config or MHCConfig()
     names = _names(model)
-    capture = capture_model(model, args, kwargs, lambda hosted: _filter(hosted, config, names))
+    capture = capture_model(
+        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
+    )
     return build_report(model, capture, config, site_uses(capture), converted=False)
 
 
@@ -83,7 +84,7 @@ def convert_observed(
         )
     names = _names(model)
     capture = capture_model(
-        model, args, kwargs, lambda hosted: _filter(hosted, config, names), observe
+        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names), observe
     )
     uses = site_uses(capture)
     if already is None:
@@ -209,9 +210,8 @@ def _records(entry: _Owned) -> tuple[SiteRecord, ...]:
         if len({use.planned is not None for use in uses}) > 1:
             raise UnsupportedGraphError(
                 f"the add at {uses[0].hosted.source} is a site in one call of "
-                f"{type(entry.host).__name__} and not in "
-                f"another ({next(u.reason for u in uses if u.planned is None)}): exclude it, or "
-                "its module"
+                f"{type(entry.host).__name__} and not in another "
+                f"({next(u.reason for u in uses if u.planned is None)}): exclude it, or its module"
             )
         records.append(
             SiteRecord(
@@ -231,10 +231,8 @@ def new_site(use: SiteUse, record: SiteRecord, config: MHCConfig, device: torch.
     """Fresh parameters for one site, float32, on ``device``."""
     assert use.planned is not None
     spec, width = config.spec(), use.planned.width
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # tensors of inference mode cannot be trained
+    # Tensors of inference mode could not be trained.
+    with torch.inference_mode(False), torch.no_grad():
         tensors = initial_parameters(spec, width, config.init, use.step)
         head = initial_head(spec, width) if config.collapse == "learned" and record.ends else {}
         return MHCSite(
@@ -252,15 +250,3 @@ def _device(host: nn.Module) -> torch.device:
 
 def _names(model: nn.Module) -> dict[int, str]:
     return {id(module): name for name, module in model.named_modules()}
-
-
-def _filter(
-    hosted: Sequence[HostedSite], config: MHCConfig, names: Mapping[int, str]
-) -> dict[int, str]:
-    refused = {}
-    for site in hosted:
-        name = f"{names.get(id(site.host), '')}.{site.key}".lstrip(".")
-        reason = filtered(name, config) if site.host is not None else None
-        if reason is not None:
-            refused[site.index] = reason
-    return refused

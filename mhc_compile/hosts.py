@@ -35,6 +35,10 @@ class HostedSite:
     refusal: str = ""
     """Why no module can keep it; empty otherwise."""
 
+    def name(self, names: Mapping[int, str]) -> str:
+        """``owner.key`` with the paths of ``names`` (by ``id``), as filters and reports show it."""
+        return f"{names.get(id(self.host), '')}.{self.key}".lstrip(".")
+
 
 def _host(calls: tuple[ModuleCall, ...], resolve: Resolve) -> tuple[nn.Module | None, str, str]:
     """(host, its call, reason if there is none): the innermost of ``calls`` that can keep sites."""

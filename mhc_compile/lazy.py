@@ -14,8 +14,8 @@ from mhc_compile.analysis import Analysis
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import attach_, detach_
 from mhc_compile.errors import MHCWarning, UnsupportedGraphError
-from mhc_compile.match import Matches, new_records, sites_of
-from mhc_compile.uses import uses_of_one
+from mhc_compile.match import Matches, sites_of
+from mhc_compile.uses import new_uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ def convert_now(
         UnsupportedGraphError: the graph continues a trunk that was converted on a call of its own;
             that one is converted back.
     """
-    new = [site for site in analysis.plan.sites if site.index not in matches.records]
-    if not new:
+    uses = new_uses(analysis, matches.records)
+    if not uses:
         return
     for arrival in analysis.plan.arrivals:
         before = carry.get(inputs[arrival.position], arrival.dim) if arrival is not None else None
@@ -56,14 +56,13 @@ def convert_now(
                 "not pass from one to the other. Call mhc_compile.convert_(model, ...) on the "
                 "whole model first; then any way of compiling it will do"
             )
-    fresh = {id(analysis.hosted[site.index].host) for site in new}
-    uses = [use for use in uses_of_one(analysis) if id(use.hosted.host) in fresh]
     attach_(uses, config)
-    matches.records.update(new_records(analysis, new, sites_of))
+    matches.adopt(analysis, sites_of)
+    new = [use for use in uses if use.planned is not None]
     what = type(frame.root).__name__ if frame.root is not None else frame.where
     warnings.warn(
         f"{what} was converted to {config.streams} residual streams on its first call: "
-        f"{len(new)} sites in {len({site.trunk for site in new})} trunks. An optimizer, DDP or "
+        f"{len(new)} sites in {len({use.trunk for use in new})} trunks. An optimizer, DDP or "
         "FSDP wrapper made before this call does not know the new parameters: call "
         "mhc_compile.convert_(model, ...) first",
         MHCWarning,
@@ -76,8 +75,8 @@ def watch_ends(compiled: Compiled, analysis: Analysis, frame: Frame) -> Compiled
     ends = [departure for departure in analysis.plan.departures if departure is not None]
     if not ends:
         return compiled
-    hosts = {id(h): h for s in analysis.plan.sites if (h := analysis.hosted[s.index].host)}
-    piece = _Piece(tuple(hosts.values()), frame.where)
+    hosts = dict.fromkeys(analysis.host_of(planned) for planned in analysis.plan.sites)
+    piece = _Piece(tuple(hosts), frame.where)
 
     @without_tracing
     def call(*args: Any) -> Any:

@@ -12,12 +12,11 @@ from typing import Protocol
 
 from torch import nn
 
-from mhc_compile.analysis import Analysis, filtered
+from mhc_compile.analysis import Analysis, refuse_filtered
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.hosts import HostedSite
-from mhc_compile.passes.plan import PlannedSite
-from mhc_compile.site import MHCSite, MHCSites, SiteRecord
+from mhc_compile.site import MHCSites, SiteRecord
 
 SEEN = "_mhc_seen"
 """Attribute of every module below one that `convert_` was called on: what it left stays left."""
@@ -29,28 +28,6 @@ def sites_of(module: nn.Module) -> MHCSites | None:
     """``module.mhc`` if it is ours."""
     found = module._modules.get("mhc")
     return found if isinstance(found, MHCSites) else None
-
-
-def site_named(sites: MHCSites, key: str) -> MHCSite:
-    """One site of a host."""
-    site = sites[key]
-    assert isinstance(site, MHCSite)
-    return site
-
-
-def new_records(
-    analysis: Analysis,
-    new: Sequence[PlannedSite],
-    sites_of: Callable[[nn.Module], MHCSites | None],
-) -> dict[int, SiteRecord]:
-    """The records of sites that were converted just now, by site index."""
-    records = {}
-    for planned in new:
-        hosted = analysis.hosted[planned.index]
-        sites = sites_of(hosted.host) if hosted.host is not None else None
-        assert sites is not None
-        records[planned.index] = next(r for r in sites.records if r.key == hosted.key)
-    return records
 
 
 class Scope(Protocol):
@@ -80,6 +57,7 @@ class Matches:
         self.records: dict[int, SiteRecord] = {}
         self._converted = any(SEEN in vars(module) for module in scope.modules.values())
         self._scope = scope
+        self._names = scope.names
         self._config = config
 
     def refuse(self, hosted: Sequence[HostedSite]) -> dict[int, str]:
@@ -106,16 +84,19 @@ class Matches:
     def _refuse_unknown(self, sites: Sequence[HostedSite]) -> dict[int, str]:
         """Sites of one call of a module without parameters: left, or new to us."""
         if self._converted:
-            return {site.index: site.refusal or LEFT for site in sites}
+            return {site.index: LEFT for site in sites}
         if self._is_cut(sites[0]):
-            return {site.index: site.refusal or BROKEN for site in sites}
-        refused = {}
-        for site in sites:
-            name = f"{self._scope.names.get(id(site.host), '')}.{site.key}".lstrip(".")
-            reason = site.refusal or filtered(name, self._config)
-            if reason is not None:
-                refused[site.index] = reason
-        return refused
+            return {site.index: BROKEN for site in sites}
+        return refuse_filtered(sites, self._config, self._names)
+
+    def adopt(self, analysis: Analysis, sites_of: Callable[[nn.Module], MHCSites | None]) -> None:
+        """Note the records of planned sites that were converted just now."""
+        for planned in analysis.plan.sites:
+            if planned.index not in self.records:
+                sites = sites_of(analysis.host_of(planned))
+                assert sites is not None, "a planned site has parameters"
+                key = analysis.hosted[planned.index].key
+                self.records[planned.index] = next(r for r in sites.records if r.key == key)
 
     def _is_cut(self, site: HostedSite) -> bool:
         """Whether a graph break may hide other adds of the call from this graph."""
@@ -176,8 +157,8 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
         if mine[name] != converted[name]:
             raise ConfigError(
                 f"{name}={mine[name]!r} contradicts the conversion of this model, which had "
-                f"{name}={converted[name]!r}: "
-                "leave the option out, or mhc_compile.revert_(model) and convert again"
+                f"{name}={converted[name]!r}: leave the option out, or mhc_compile.revert_(model) "
+                "and convert again"
             )
 
 

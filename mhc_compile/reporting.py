@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -15,7 +14,7 @@ from mhc_compile.kernels.init import initial_parameters
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.owners import module_calls
-from mhc_compile.passes.plan import PlannedSite
+from mhc_compile.passes.plan import Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of, source_line
 from mhc_compile.report import RejectedAdd, Report, Site, Trunk
 from mhc_compile.uses import SiteUse
@@ -42,19 +41,12 @@ def build_report(
     )
 
 
-def use_name(use: SiteUse, names: dict[int, str]) -> tuple[str, str]:
-    """(path of the owner, full name) of a use."""
-    owner = names.get(id(use.hosted.host), "") if use.hosted.host is not None else ""
-    return owner, f"{owner}.{use.hosted.key}".lstrip(".")
-
-
 def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: bool) -> Site:
-    owner, name = use_name(use, names)
     planned = use.planned
     found = "converted" if converted else "found"
     return Site(
-        name=name,
-        owner=owner,
+        name=use.hosted.name(names),
+        owner=names.get(id(use.hosted.host), ""),
         key=use.hosted.key,
         form=use.site.form,
         traits=use.site.traits,
@@ -78,13 +70,14 @@ def _trunks(capture: Capture, uses: Sequence[SiteUse], names: dict[int, str]) ->
     for use in uses:
         if use.planned is not None:
             members[use.trunk].append(use)
+    readers = [_readers(analysis.plan) for analysis in capture.runs]
     return tuple(
         Trunk(
             index=index,
-            sites=tuple(use_name(use, names)[1] for use in group),
+            sites=tuple(use.hosted.name(names) for use in group),
             width=_planned(group[0]).width,
             entry=_entry(group[0]),
-            readers=sum(_readers(capture, use) for use in group),
+            readers=sum(readers[use.run][use.hosted.index] for use in group),
             on_trunk=tuple(
                 dict.fromkeys(op_name(n) for use in group for n in _planned(use).region)
             ),
@@ -105,24 +98,21 @@ def _entry(use: SiteUse) -> str:
     return op_name(start) or start.op
 
 
-def _readers(capture: Capture, use: SiteUse) -> int:
-    """How many operations outside branches and trunk read the trunk at this site."""
-    planned = _planned(use)
-    plan = capture.runs[use.run].plan
-    inner = {
-        node
-        for p in plan.sites
-        for node in (p.site.root, *p.site.inner, *p.site.skip_path, *p.region)
-    }
-    count = 0
-    for value in (planned.site.root, *planned.region):
-        branches = [p.branch for p in plan.sites if p.start is value]
-        count += sum(
-            1
+def _readers(plan: Plan) -> dict[int, int]:
+    """How many operations outside branches and trunk read the trunk at each site, by index."""
+    inner: set[Node] = set()
+    branches: dict[Node, list[frozenset[Node]]] = defaultdict(list)
+    for p in plan.sites:
+        inner.update((p.site.root, *p.site.inner, *p.site.skip_path, *p.region))
+        branches[p.start].append(p.branch)
+    return {
+        p.index: sum(
+            user not in inner and not any(user in branch for branch in branches[value])
+            for value in (p.site.root, *p.region)
             for user in value.users
-            if user not in inner and not any(user in branch for branch in branches)
         )
-    return count
+        for p in plan.sites
+    }
 
 
 def _rejected(capture: Capture, names: dict[int, str]) -> tuple[RejectedAdd, ...]:
@@ -152,19 +142,7 @@ def _notes(capture: Capture) -> tuple[str, ...]:
     notes = []
     if capture.graphs > 1:
         notes.append(
-            f"the model was captured as {capture.graphs} graphs; trunks are carried from one "
-            "to the next "
-            "(TORCH_LOGS=graph_breaks shows where it breaks)"
+            f"the model was captured as {capture.graphs} graphs; trunks are carried from one to "
+            "the next (TORCH_LOGS=graph_breaks shows where it breaks)"
         )
     return tuple(notes)
-
-
-def summary(report: Report) -> dict[str, Any]:
-    """The report in a few numbers."""
-    return {
-        "sites": len(report.sites),
-        "converted": len(report.converted),
-        "left": len(report.left),
-        "trunks": len(report.trunks),
-        "rejected": len(report.rejected),
-    }

@@ -14,10 +14,10 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.convert import build_sites
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.hosts import resolve_by_path
-from mhc_compile.match import Matches, new_records, sites_of
+from mhc_compile.match import Matches, sites_of
 from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
 from mhc_compile.site import MHCSites
-from mhc_compile.uses import uses_of_one
+from mhc_compile.uses import new_uses
 
 
 def rewrite(
@@ -32,8 +32,7 @@ def rewrite(
 
     A converted model lends its parameters: both then compute the same and train the same tensors. A
     plain one stays as it is, and the result gets fresh parameters. Names in ``state_dict`` are
-    those
-    of the converted model.
+    those of the converted model.
 
     Args:
         model: the module; train or eval mode is baked in, as torch.export does.
@@ -56,16 +55,19 @@ def rewrite(
     analysis = analyse(exported, resolve_by_path(model), matches.refuse, observe)
     matches.check(analysis)
     built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}
-    new = [site for site in analysis.plan.sites if site.index not in matches.records]
-    if new:
-        fresh = {id(analysis.hosted[site.index].host) for site in new}
-        uses = [use for use in uses_of_one(analysis) if id(use.hosted.host) in fresh]
-        built.update({id(host): sites for host, sites in build_sites(uses, config)})
-        matches.records.update(new_records(analysis, new, lambda host: built.get(id(host))))
-    attributes = _Attributes(exported, scope.names, built)
-    widening = bind(
-        analysis, matches.records, lambda host: built.get(id(host)), attributes.node_of, {}, ()
+    built.update(
+        {
+            id(host): sites
+            for host, sites in build_sites(new_uses(analysis, matches.records), config)
+        }
     )
+
+    def sites_in(host: nn.Module) -> MHCSites | None:
+        return built.get(id(host))
+
+    matches.adopt(analysis, sites_in)
+    attributes = _Attributes(exported, scope.names, built)
+    widening = bind(analysis, matches.records, sites_in, attributes.node_of, {})
     run_passes(exported, (), rewrite_passes(widening), observe)
     return exported
 

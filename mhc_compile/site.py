@@ -85,3 +85,9 @@ class MHCSites(nn.ModuleDict):
         self.config = dict(config)
         self.signature = repr((records, sorted(self.config.items())))
         """All that is compiled into a graph beside the parameters: see `checked_class`."""
+
+    def site(self, key: str) -> MHCSite:
+        """One site, by the key of its record."""
+        site = self[key]
+        assert isinstance(site, MHCSite)
+        return site

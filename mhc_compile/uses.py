@@ -1,10 +1,10 @@
 """Each use of each site over all graphs of a model, with its place in its trunk.
 
 A trunk may run through several graphs (graph breaks, blocks compiled one by one); a site may be
-used
-several times (shared layers).
+used several times (shared layers).
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,11 +50,11 @@ class SiteUse:
 def site_uses(capture: Capture) -> list[SiteUse]:
     """All uses of a completed capture, in graph order; trunks are followed from graph to graph."""
     chain = _chain(capture)
-    trunks: dict[_Step, int] = {}
-    for step in chain:
-        if step not in trunks:
-            members = nx.node_connected_component(chain.to_undirected(as_view=True), step)
-            trunks.update(dict.fromkeys(members, len(set(trunks.values()))))
+    trunks = {
+        step: number
+        for number, members in enumerate(nx.weakly_connected_components(chain))
+        for step in members
+    }
     depths = {
         step: depth
         for depth, steps in enumerate(nx.topological_generations(chain))
@@ -100,7 +100,14 @@ def _chain(capture: Capture) -> "nx.DiGraph[_Step]":
     return chain
 
 
-def uses_of_one(analysis: Analysis) -> list[SiteUse]:
-    """All uses of a model that is one graph."""
+def new_uses(analysis: Analysis, known: Container[int]) -> list[SiteUse]:
+    """The uses of hosts without parameters, in a model that is one graph.
+
+    Args:
+        analysis: of the graph.
+        known: indices of the sites that have parameters.
+    """
+    fresh = {id(analysis.host_of(p)) for p in analysis.plan.sites if p.index not in known}
     pieces = [TrunkPiece(0, trunk) for trunk in range(len(analysis.plan.trunks))]
-    return site_uses(Capture([analysis], pieces, 1))
+    uses = site_uses(Capture([analysis], pieces, 1))
+    return [use for use in uses if id(use.hosted.host) in fresh]

@@ -1,21 +1,18 @@
 """What the parts of the zoo share: its registry, the libraries, inputs and small configurations."""
 
 import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from tests.torchvision_stub import import_timm
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# transformers imports a package "kernels" if it finds one: not our folder of that name.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 Inputs = dict[str, Any]
 BATCH, SEQ, VOCAB = 2, 16, 99
@@ -37,20 +34,8 @@ def transformers() -> ModuleType:
 
 
 def timm() -> ModuleType:
-    """The timm library, which needs torchvision only to be imported.
-
-    Where it is absent a stand-in serves. It is taken away again: other libraries would use it.
-    """
-    if "timm" in sys.modules or importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module("timm")
-    stubs = str(Path(__file__).resolve().parent / "stubs")
-    sys.path.append(stubs)
-    try:
-        return importlib.import_module("timm")
-    finally:
-        sys.path.remove(stubs)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
+    """The timm library."""
+    return import_timm()
 
 
 def diffusers() -> ModuleType:

@@ -1,3 +1,0 @@
-from torchvision.ops import misc
-
-__all__ = ["misc"]

@@ -1,5 +1,0 @@
-from torch import nn
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Named in type checks only."""
