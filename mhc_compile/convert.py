@@ -29,18 +29,19 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     Args:
         model: any module; converted ones are reported as such.
         *args: example inputs, as the model takes them.
-        config: choices; the defaults of `MHCConfig` if None.
+        config: choices; if None those of the conversion, or the defaults of `MHCConfig`.
         **kwargs: further example inputs.
 
     Returns:
         All sites, trunks and rejected adds, each with its reason.
     """
-    config = config or MHCConfig()
+    already = _conversion(model)
+    config = config or (MHCConfig(**already) if already is not None else MHCConfig())
     names = _names(model)
     capture = capture_model(
         model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
     )
-    return build_report(model, capture, config, site_uses(capture), converted=False)
+    return build_report(model, capture, config, site_uses(capture), converted=already is not None)
 
 
 def convert_(
@@ -76,10 +77,10 @@ def convert_observed(
     observe: GraphObserver | None,
 ) -> Report:
     """`convert_`, with a look at the graphs on the way."""
-    already = next((sites for m in model.modules() if (sites := sites_of(m)) is not None), None)
-    if already is not None and already.config != asdict(config):
+    already = _conversion(model)
+    if already is not None and already != asdict(config):
         raise ConfigError(
-            f"the model is converted already, with {already.config}: mhc_compile.revert_(model) "
+            f"the model is converted already, with {already}: mhc_compile.revert_(model) "
             "takes that off"
         )
     names = _names(model)
@@ -110,7 +111,13 @@ def _refuse_partial(uses: Sequence[SiteUse]) -> None:
 
 def is_converted(model: nn.Module) -> bool:
     """Whether `convert_` or a first call has put parameters on any module of ``model``."""
-    return any(sites_of(module) is not None for module in model.modules())
+    return _conversion(model) is not None
+
+
+def _conversion(model: nn.Module) -> dict[str, Any] | None:
+    """The configuration ``model`` was converted with; None if it was not."""
+    sites = (sites_of(module) for module in model.modules())
+    return next((found.config for found in sites if found is not None), None)
 
 
 def revert_(model: nn.Module) -> None:

@@ -429,7 +429,14 @@ def test_options_that_agree_with_the_conversion_are_accepted_in_silence() -> Non
     model = converted(Net(), x)
     with warnings.catch_warnings():
         warnings.simplefilter("error", mhc_compile.MHCWarning)
-        compiled(model, streams=4, constraint="sinkhorn", on_eager="warn")(x)
+        compiled(model, streams=4, constraint="sinkhorn", on_eager="raise")(x)
+
+
+def test_on_eager_is_settled_by_the_conversion() -> None:
+    x = example()
+    model = converted(Net(), x)
+    with pytest.raises(mhc_compile.ConfigError, match="on_eager='warn' contradicts"):
+        compiled(model, on_eager="warn")(x)
 
 
 class Sub(nn.Module):

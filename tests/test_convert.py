@@ -183,6 +183,15 @@ def test_buffers_and_random_state_are_as_before(function: Callable[..., Any]) ->
         assert torch.equal(buffer, buffers[name][1])
 
 
+def test_explain_reports_a_converted_model_as_converted_with_its_own_configuration() -> None:
+    model, x = Net(), example()
+    mhc_compile.convert_(model, x, config=MHCConfig(streams=2, exclude=("*.add1",)))
+    report = mhc_compile.explain(model, x)
+    assert report.config["streams"] == 2
+    assert {site.status for site in report.sites if site.key == "add0"} == {"converted"}
+    assert {site.status for site in report.sites if site.key == "add1"} == {"left"}
+
+
 def test_explain_changes_nothing_and_reports_what_conversion_does() -> None:
     model, x = Net(), example()
     before = snapshot(model)
