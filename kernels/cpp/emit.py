@@ -19,9 +19,10 @@ from mhc_compile.kernels.spec import SiteSpec
 STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 """The dtypes that streams can have, and their names in the source."""
 
+_SHARED = ("lanes", "projection", "coefficients", "pre", "post", "seam", "ends")
 _ACCUMULATORS = 24
 """Dot products that a pass over a token's channels keeps in registers."""
-_STEP = "[&](long c, auto at) __attribute__((always_inline))"
+_STEP = "[&](long c, auto at) ALWAYS_INLINE"
 
 
 @cache
@@ -36,7 +37,7 @@ def source(spec: SiteSpec, dtype: torch.dtype) -> str:
         C++17 that defines ``mhc_pre``, ``mhc_pre_backward``, ``mhc_post``, ``mhc_post_backward``,
         ``mhc_collapse`` and the two ``..._workspace``, with C linkage.
     """
-    lanes, *loops = (_shared_text(name) for name in ("lanes", "projection", "pre", "post", "ends"))
+    lanes, *loops = (_shared_text(name) for name in _SHARED)
     return "\n".join((lanes, site_source(spec, dtype), *loops))
 
 
@@ -69,6 +70,8 @@ typedef {STREAM_TYPES[dtype]} stream_t;
 constexpr int N = {n};  // streams
 constexpr int M = {2 * n + k};  // logits: pre {n}, post {n}, res {k}
 constexpr int S = {norms};  // norms, and projected rows, per token
+constexpr bool SITE = true;  // has H_post and H_res
+constexpr int GROUPS = 3;
 constexpr bool MIXES = {"true" if constraint.mixes else "false"};
 constexpr float NORM_EPS = {literal(spec.norm_eps)};
 """
@@ -138,14 +141,17 @@ def _write_streams(spec: SiteSpec) -> str:
         )
         for i in range(n):
             carried = [f"r[{k}] * x{j}" for j, k in enumerate(row(i, n))] if mixes else [f"x{i}"]
-            yield f"  at.put_far(y + {i} * channels + c, {total([*carried, f'p[{i}] * fc'])});"
+            yield f"  put(c, at, {i}, {total([*carried, f'p[{i}] * fc'])});"
         yield "});"
 
     head = (
         "write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, "
-        "stream_t* y, long channels, bool streamed)"
+        "long channels, bool streamed, Put put)"
     )
-    return f"// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.\n{function(head, body())}"
+    return (
+        "// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.\n"
+        f"template <typename Put>\n{function(head, body())}"
+    )
 
 
 def _write_streams_backward(spec: SiteSpec) -> str:
@@ -161,7 +167,7 @@ def _write_streams_backward(spec: SiteSpec) -> str:
         # The first pass has all gradients at hand, and so writes those of X and f.
         needed = range(n) if first else rows
         yield from (
-            f"  const vec g{i} = at.get_next(g + {i} * channels + c, {n} * channels);"
+            f"  const vec g{i} = at.get_next(g + {i} * g_stride + c, {n} * g_stride);"
             for i in needed
         )
         if mixes:
@@ -185,12 +191,13 @@ def _write_streams_backward(spec: SiteSpec) -> str:
             yield from one_pass(range(start, min(start + at_once, n)))
 
     head = (
-        "write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, "
+        "write_streams_backward(const G* g, long g_stride, const stream_t* x, const stream_t* f, "
         "const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, "
         "bool streamed)"
     )
     comment = (
         "// dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with "
         "X_j\n// and f, whose sums over the channels are the gradients of H_res and H_post.\n"
+        "template <typename G>\n"
     )
     return comment + function(head, body())

@@ -8,7 +8,8 @@
 #include <omp.h>
 #endif
 
-#define MEMBER inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define MEMBER inline ALWAYS_INLINE
 #define INLINE static MEMBER
 #define UNROLL _Pragma("GCC unroll 32")  // GCC keeps arrays in registers only where loops vanish
 
@@ -48,12 +49,21 @@ INLINE vec load(const bf16* p) {
 
 INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-INLINE void store(bf16* p, vec v) {  // to nearest, ties to even; a NaN stays one
+INLINE uvec bf16_bits(vec v) {  // to nearest, ties to even; a NaN stays one
   const uvec bits = (uvec)v;
   const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const hvec h = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, hvec);
+  return v == v ? rounded : (bits >> 16) | 0x40;
+}
+
+INLINE void store(bf16* p, vec v) {
+  const hvec h = __builtin_convertvector(bf16_bits(v), hvec);
   std::memcpy(p, &h, sizeof h);
 }
+
+// What a reader gets of a value that is stored as a T.
+template <typename T> INLINE vec rounded(vec v);
+template <> MEMBER vec rounded<float>(vec v) { return v; }
+template <> MEMBER vec rounded<bf16>(vec v) { return (vec)(bf16_bits(v) << 16); }
 
 // Past the caches, for what is not read again soon: the line is not fetched before it is written.
 INLINE void stream(float* p, vec v) {

@@ -14,6 +14,20 @@ struct Ahead {
   }
 };
 
+// Several such memories, the smaller in step with the larger.
+template <typename A, typename B> struct Both {
+  A first;
+  B second;
+  MEMBER void fetch(int lines) {
+    first.fetch(lines);
+    second.fetch(lines);
+  }
+};
+
+template <typename A, typename B> INLINE Both<A, B> both(A first, B second) {
+  return {first, second};
+}
+
 // A number of chunks that are worked on together, as a type.
 template <int V> struct Columns {
   static constexpr int value = V;
@@ -56,6 +70,11 @@ template <typename T> INLINE bool in_place(long channels, int count) {
   return sizeof(T) == 4 && channels % L == 0 && count % ROWS == 0;
 }
 
+// Zeroes the rows of a block that no token has.
+INLINE void clear_after(float* block, long stride, int count) {
+  if (count < L) std::memset(block + count * stride, 0, (L - count) * stride * sizeof(float));
+}
+
 // A block in the form above: where it stands, or a copy of it in `copy`.
 template <typename T>
 INLINE const float* staged(const T* from, float* copy, int streams, long channels, long padded,
@@ -65,12 +84,12 @@ INLINE const float* staged(const T* from, float* copy, int streams, long channel
     for_channels(channels, false, [&](long c, auto at) {
       store(copy + row * padded + c, at.get(from + row * channels + c));
     });
-  std::memset(copy + count * streams * padded, 0, (L - count) * streams * padded * sizeof(float));
+  clear_after(copy, streams * padded, count);
   return copy;
 }
 
-template <int W, int O, bool FIRST>
-static void project_tile(const float* x, long stride, long width, const float* phi, Ahead& ahead,
+template <int W, int O, bool FIRST, typename Fetch>
+static void project_tile(const float* x, long stride, long width, const float* phi, Fetch& ahead,
                          vec (*sums)[L]) {
   vec z[ROWS][W] = {}, squares[ROWS] = {};
   for (long k = 0; k < width; k += L) {
@@ -90,9 +109,9 @@ static void project_tile(const float* x, long stride, long width, const float* p
 }
 
 // (14), (15): z = x phi, and the sum of squares, of the rows x[t] of one block.
-template <int O>
+template <int O, typename Fetch>
 static void project(const float* x, long stride, long width, int count, const float* phi,
-                    Ahead& ahead, vec* z, int step, vec* square) {
+                    Fetch& ahead, vec* z, int step, vec* square) {
   constexpr int FIRST = O < OUTS ? O : OUTS;
   vec sums[O + 1][L];
   if (count < L) std::memset(sums, 0, sizeof sums);
@@ -139,17 +158,20 @@ static void add_phi_gradient(const float* x, long stride, int count, const float
     phi_tile<V, O % OUTS, O>(x, stride, count, dz + o, dphi + o * L);
 }
 
-// dx = dz phi^T + shrink x + weight du for V chunks: through the product, the norm, the pre-mix.
-template <int V, int O>
-static void state_gradient(const float* x, const float* du, long du_stride, long stride, int count,
-                           const float* phi, const float* dz, vec shrink, vec weight, float* dx,
-                           bool streamed) {
+// dx = dz phi^T + shrink x + weight du for V chunks: through the product, the norm, the pre-mix;
+// plus `more` if MORE.
+template <int V, int O, bool MORE>
+static void state_gradient(const float* x, const float* du, long du_stride, const float* more,
+                           long stride, int count, const float* phi, const float* dz, vec shrink,
+                           vec weight, float* dx, bool streamed) {
   for (int t = 0; t < count; t += ROWS) {
     vec sums[ROWS][V];
     UNROLL for (int r = 0; r < ROWS; ++r) {
-      UNROLL for (int v = 0; v < V; ++v)
+      UNROLL for (int v = 0; v < V; ++v) {
         sums[r][v] = shrink[t + r] * load(x + (t + r) * stride + v * L) +
                      weight[t + r] * load(du + (t + r) * du_stride + v * L);
+        if (MORE) sums[r][v] += load(more + (t + r) * stride + v * L);
+      }
     }
     for (int o = 0; o < O; ++o) {
       UNROLL for (int v = 0; v < V; ++v) {

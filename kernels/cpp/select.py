@@ -8,7 +8,7 @@ import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels.cpp.emit import STREAM_TYPES
-from mhc_compile.kernels.cpp.launch import library
+from mhc_compile.kernels.cpp.call import library
 from mhc_compile.kernels.spec import SiteSpec
 
 _LOG = logging.getLogger(__name__)
