@@ -18,8 +18,8 @@ struct Block {
   MEMBER Block(long t, long last)
       : first(t), count(int(last - t < L ? last - t : L)), next(t + L),
         after(last < t + 2 * L ? last : t + 2 * L) {}
-  template <typename T> MEMBER Ahead ahead(const T* rows, long row) const {
-    return {(const char*)(rows + next * row), (const char*)(rows + after * row)};
+  template <typename T> MEMBER void look_ahead(Ahead& to, const T* rows, long row) const {
+    to.add(rows + next * row, rows + after * row);
   }
 };
 
@@ -27,9 +27,8 @@ struct Block {
 INLINE int group(int m) { return m < N ? 0 : m < 2 * N ? 1 : 2; }
 
 // (14), (15): z and 1/r of a block whose rows stand in x.
-template <typename Fetch>
 INLINE void project_block(const Sizes& size, const float* x, int count, const float* packed,
-                          Fetch& ahead, vec* z, vec* inverse) {
+                          Ahead& ahead, vec* z, vec* inverse) {
   for (int s = 0; s < S; ++s) {
     vec square;
     project<O>(x + s * size.width, size.stride, size.width, count, packed, ahead, z + s, S,
@@ -131,22 +130,22 @@ static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* d
 
 // dphi of a block, and the gradient of its state into `dx`: through the mappings, through u, and
 // what came by other ways (`more`, or null). `dx` may be `x` or `more`.
-template <bool MORE, typename Fetch>
+template <bool MORE>
 static void state_block_backward(const Sizes& size, const float* x, const float* du,
                                  const float* more, int count, const float* packed,
                                  const Through& through, float* phi_sum, float* dx, bool streamed,
-                                 Fetch& ahead) {
+                                 Ahead& ahead) {
   for (int j = 0; j < N; ++j) {
     const int s = S == 1 ? 0 : j;
     const long from = S == 1 ? j * size.padded : 0;  // where stream j begins in phi
     auto step = [&](long c, auto columns) {
       constexpr int V = decltype(columns)::value;
       const long at = j * size.padded + c, in_phi = (from + c) * O;
-      ahead.fetch(V * L * L / 16);
-      add_phi_gradient<V, O>(x + at, size.stride, count, through.dz[s], phi_sum + in_phi);
+      add_phi_gradient<V, O>(x + at, size.stride, count, through.dz[s], phi_sum + in_phi,
+                             ahead);
       state_gradient<V, O, MORE>(x + at, du + c, size.padded, more + at, size.stride, count,
                                  packed + in_phi, through.dz[s], through.shrink[s], through.pre[j],
-                                 dx + at, streamed);
+                                 dx + at, streamed, ahead);
     };
     long c = 0;
     for (; c + COLS * L <= size.padded; c += COLS * L) step(c, Columns<COLS>());

@@ -31,6 +31,16 @@ typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef uint32_t uvec __attribute__((vector_size(4 * L)));
 typedef uint16_t hvec __attribute__((vector_size(2 * L)));
 
+// Stays in a register, where GCC would rather load it again for every use.
+INLINE vec kept(vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 struct bf16 {
   uint16_t bits;
 };

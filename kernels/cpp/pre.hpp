@@ -19,7 +19,8 @@ extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, 
       const Block block(t, range.last);
       const float* x =
           staged(X + t * N * channels, copy, N, channels, size.padded, block.count);
-      Ahead ahead = block.ahead(X, N * channels);
+      Ahead ahead;
+      block.look_ahead(ahead, X, N * channels);
       vec z[M], inverse[S], pre[N];
       project_block(size, x, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {h_post, h_res, saved}, pre);
@@ -72,7 +73,9 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
       map_block_backward(size, dots, dh_post, dh_res, saved, bias, alpha, block, sums, through);
       const bool direct = in_place<stream_t>(channels, count);
       float* const dx = direct ? (float*)(dX + t * N * channels) : dx_copy;
-      auto ahead = both(block.ahead(X, N * channels), block.ahead(dU, channels));
+      Ahead ahead;
+      block.look_ahead(ahead, dU, channels);
+      block.look_ahead(ahead, X, N * channels);
       state_block_backward<false>(size, x, du, x, count, packed, through, phi_sum, dx,
                                   direct && streamed, ahead);
       if (!direct)

@@ -5,28 +5,27 @@
 
 constexpr long padded_to_vectors(long channels) { return (channels + L - 1) / L * L; }
 
-// The memory of the next block, requested line by line while the present one is worked on.
+// The memory of the next block, requested line by line while the present one is worked on: many
+// requests at once would stand in each other's way.
 struct Ahead {
-  const char *at, *end;
-  MEMBER void fetch(int lines) {
-    for (int i = 0; i < lines; ++i, at += 64)
-      if (at < end) __builtin_prefetch(at, 0, 2);
+  static constexpr int MOST = 4;
+  const char *at = nullptr, *end = nullptr;
+  const char *waiting[MOST][2];
+  int left = 0;
+
+  template <typename T> MEMBER void add(const T* first, const T* last) {
+    waiting[left][0] = (const char*)first;
+    waiting[left++][1] = (const char*)last;
+  }
+  MEMBER void fetch() {
+    if (at >= end) {
+      if (left == 0) return;
+      at = waiting[--left][0], end = waiting[left][1];
+    }
+    __builtin_prefetch(at, 0, 2);
+    at += 64;
   }
 };
-
-// Several such memories, the smaller in step with the larger.
-template <typename A, typename B> struct Both {
-  A first;
-  B second;
-  MEMBER void fetch(int lines) {
-    first.fetch(lines);
-    second.fetch(lines);
-  }
-};
-
-template <typename A, typename B> INLINE Both<A, B> both(A first, B second) {
-  return {first, second};
-}
 
 // A number of chunks that are worked on together, as a type.
 template <int V> struct Columns {
@@ -88,12 +87,12 @@ INLINE const float* staged(const T* from, float* copy, int streams, long channel
   return copy;
 }
 
-template <int W, int O, bool FIRST, typename Fetch>
-static void project_tile(const float* x, long stride, long width, const float* phi, Fetch& ahead,
+template <int W, int O, bool FIRST>
+static void project_tile(const float* x, long stride, long width, const float* phi, Ahead& ahead,
                          vec (*sums)[L]) {
   vec z[ROWS][W] = {}, squares[ROWS] = {};
   for (long k = 0; k < width; k += L) {
-    if (FIRST) ahead.fetch(ROWS * L / 16);
+    ahead.fetch();
     vec rows[ROWS];
     UNROLL for (int t = 0; t < ROWS; ++t) rows[t] = load(x + t * stride + k);
     UNROLL for (int o = 0; o < W; ++o) {
@@ -109,9 +108,9 @@ static void project_tile(const float* x, long stride, long width, const float* p
 }
 
 // (14), (15): z = x phi, and the sum of squares, of the rows x[t] of one block.
-template <int O, typename Fetch>
+template <int O>
 static void project(const float* x, long stride, long width, int count, const float* phi,
-                    Fetch& ahead, vec* z, int step, vec* square) {
+                    Ahead& ahead, vec* z, int step, vec* square) {
   constexpr int FIRST = O < OUTS ? O : OUTS;
   vec sums[O + 1][L];
   if (count < L) std::memset(sums, 0, sizeof sums);
@@ -131,9 +130,11 @@ static void project(const float* x, long stride, long width, int count, const fl
 }
 
 template <int V, int W, int O>
-INLINE void phi_tile(const float* x, long stride, int count, const float* dz, float* dphi) {
+INLINE void phi_tile(const float* x, long stride, int count, const float* dz, float* dphi,
+                     Ahead& ahead) {
   vec sums[V][W] = {};
   for (int t = 0; t < count; ++t) {
+    ahead.fetch();
     vec columns[V];
     UNROLL for (int v = 0; v < V; ++v) columns[v] = load(x + t * stride + v * L);
     UNROLL for (int o = 0; o < W; ++o) {
@@ -150,12 +151,13 @@ INLINE void phi_tile(const float* x, long stride, int count, const float* dz, fl
 
 // dphi += x^T dz over the tokens of a block, for V chunks.
 template <int V, int O>
-static void add_phi_gradient(const float* x, long stride, int count, const float* dz, float* dphi) {
+static void add_phi_gradient(const float* x, long stride, int count, const float* dz, float* dphi,
+                             Ahead& ahead) {
   int o = 0;
   for (; o + OUTS <= O; o += OUTS)
-    phi_tile<V, OUTS, O>(x, stride, count, dz + o, dphi + o * L);
+    phi_tile<V, OUTS, O>(x, stride, count, dz + o, dphi + o * L, ahead);
   if constexpr (O % OUTS != 0)
-    phi_tile<V, O % OUTS, O>(x, stride, count, dz + o, dphi + o * L);
+    phi_tile<V, O % OUTS, O>(x, stride, count, dz + o, dphi + o * L, ahead);
 }
 
 // dx = dz phi^T + shrink x + weight du for V chunks: through the product, the norm, the pre-mix;
@@ -163,7 +165,7 @@ static void add_phi_gradient(const float* x, long stride, int count, const float
 template <int V, int O, bool MORE>
 static void state_gradient(const float* x, const float* du, long du_stride, const float* more,
                            long stride, int count, const float* phi, const float* dz, vec shrink,
-                           vec weight, float* dx, bool streamed) {
+                           vec weight, float* dx, bool streamed, Ahead& ahead) {
   for (int t = 0; t < count; t += ROWS) {
     vec sums[ROWS][V];
     UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -174,8 +176,9 @@ static void state_gradient(const float* x, const float* du, long du_stride, cons
       }
     }
     for (int o = 0; o < O; ++o) {
+      ahead.fetch();
       UNROLL for (int v = 0; v < V; ++v) {
-        const vec column = load(phi + (v * O + o) * L);
+        const vec column = kept(load(phi + (v * O + o) * L));
         UNROLL for (int r = 0; r < ROWS; ++r) sums[r][v] += dz[(t + r) * O + o] * column;
       }
     }

@@ -34,7 +34,9 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
                       });
       }
       clear_after(y, size.stride, block.count);
-      auto ahead = both(block.ahead(X, row), block.ahead(F, channels));
+      Ahead ahead;
+      block.look_ahead(ahead, F, channels);
+      block.look_ahead(ahead, X, row);
       vec z[M], inverse[S], pre[N];
       project_block(size, y, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {next_post, next_res, saved}, pre);
@@ -96,8 +98,11 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
       Through through;
       map_block_backward(size, dots, dnext_post, dnext_res, saved, bias, alpha, block, sums,
                          through);
-      auto ahead = both(both(block.ahead(X, row), block.ahead(dY, row)),
-                        both(block.ahead(F, channels), block.ahead(dU, channels)));
+      Ahead ahead;
+      block.look_ahead(ahead, dY, row);
+      block.look_ahead(ahead, dU, channels);
+      block.look_ahead(ahead, F, channels);
+      block.look_ahead(ahead, X, row);
       // The gradient of the state between takes that state's place.
       state_block_backward<true>(size, y, du, g, count, packed, through, phi_sum, y, false, ahead);
       for (int i = 0; i < count; ++i)
