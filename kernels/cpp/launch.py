@@ -1,6 +1,6 @@
 """The generated functions called with tensors.
 
-Results have the shapes and dtypes of the ops' own bodies. Callers have asked `use_cpp` before: the
+Results have the shapes and dtypes of the ops' own bodies. Callers have asked `select.obstacle` before: the
 state is ``[..., n, C]`` on the CPU in a dtype of `STREAM_TYPES`.
 """
 
@@ -26,13 +26,15 @@ __all__ = [
 
 def pre(
     X: torch.Tensor,
-    phi: torch.Tensor,
+    phi: torch.Tensor | None,
     bias: torch.Tensor,
-    alpha: torch.Tensor,
+    alpha: torch.Tensor | None,
     spec: SiteSpec,
     shapes: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre``; ``shapes`` are those of h_post, h_res and saved."""
+    assert phi is not None, "`obstacle` refuses static mappings"
+    assert alpha is not None
     u = X.new_empty((*X.shape[:-2], X.shape[-1]))
     h_post, h_res, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if not constraint_of(spec).mixes:
@@ -47,13 +49,15 @@ def pre_backward(
     dh_post: torch.Tensor,
     dh_res: torch.Tensor,
     X: torch.Tensor,
-    phi: torch.Tensor,
+    phi: torch.Tensor | None,
     bias: torch.Tensor,
-    alpha: torch.Tensor,
+    alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: SiteSpec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre_backward``."""
+    assert phi is not None, "`obstacle` refuses static mappings"
+    assert alpha is not None
     dX = X.new_empty(X.shape)
     grads = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (phi, bias, alpha)]
     arguments = (

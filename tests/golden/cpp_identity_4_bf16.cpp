@@ -3,6 +3,8 @@ typedef bf16 stream_t;
 constexpr int N = 4;  // streams
 constexpr int M = 8;  // logits: pre 4, post 4, res 0
 constexpr int S = 1;  // norms, and projected rows, per token
+constexpr bool SITE = true;  // has H_post and H_res
+constexpr int GROUPS = 3;
 constexpr bool MIXES = false;
 constexpr float NORM_EPS = 1e-06f;
 
@@ -27,35 +29,37 @@ INLINE void matrix_backward(const vec*, const vec*, vec*) {}
 
 // u = sum_i H_pre[i] X_i.
 INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
     at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c) + w[2] * load(x + 2 * padded + c) + w[3] * load(x + 3 * padded + c));
   });
 }
 
-// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
-INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.
+template <typename Put>
+INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, long channels, bool streamed, Put put) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
     const vec x0 = at.get_next(x + 0 * channels + c, 4 * channels);
     const vec x1 = at.get_next(x + 1 * channels + c, 4 * channels);
     const vec x2 = at.get_next(x + 2 * channels + c, 4 * channels);
     const vec x3 = at.get_next(x + 3 * channels + c, 4 * channels);
-    at.put_far(y + 0 * channels + c, x0 + p[0] * fc);
-    at.put_far(y + 1 * channels + c, x1 + p[1] * fc);
-    at.put_far(y + 2 * channels + c, x2 + p[2] * fc);
-    at.put_far(y + 3 * channels + c, x3 + p[3] * fc);
+    put(c, at, 0, x0 + p[0] * fc);
+    put(c, at, 1, x1 + p[1] * fc);
+    put(c, at, 2, x2 + p[2] * fc);
+    put(c, at, 3, x3 + p[3] * fc);
   });
 }
 
 // dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
 // and f, whose sums over the channels are the gradients of H_res and H_post.
-INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+template <typename G>
+INLINE void write_streams_backward(const G* g, long g_stride, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
-    const vec g0 = at.get_next(g + 0 * channels + c, 4 * channels);
-    const vec g1 = at.get_next(g + 1 * channels + c, 4 * channels);
-    const vec g2 = at.get_next(g + 2 * channels + c, 4 * channels);
-    const vec g3 = at.get_next(g + 3 * channels + c, 4 * channels);
+    const vec g0 = at.get_next(g + 0 * g_stride + c, 4 * g_stride);
+    const vec g1 = at.get_next(g + 1 * g_stride + c, 4 * g_stride);
+    const vec g2 = at.get_next(g + 2 * g_stride + c, 4 * g_stride);
+    const vec g3 = at.get_next(g + 3 * g_stride + c, 4 * g_stride);
     at.put_far(dx + 0 * channels + c, g0);
     at.put_far(dx + 1 * channels + c, g1);
     at.put_far(dx + 2 * channels + c, g2);
@@ -70,7 +74,7 @@ INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const s
 
 // The collapse: sum_i X_i, over n for a mean.
 INLINE void sum_streams(const stream_t* x, float divisor, stream_t* out, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
     at.put(out + c, (at.get(x + 0 * channels + c) + at.get(x + 1 * channels + c) + at.get(x + 2 * channels + c) + at.get(x + 3 * channels + c)) / divisor);
   });
 }

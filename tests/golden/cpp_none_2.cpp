@@ -3,6 +3,8 @@ typedef float stream_t;
 constexpr int N = 2;  // streams
 constexpr int M = 8;  // logits: pre 2, post 2, res 4
 constexpr int S = 2;  // norms, and projected rows, per token
+constexpr bool SITE = true;  // has H_post and H_res
+constexpr int GROUPS = 3;
 constexpr bool MIXES = true;
 constexpr float NORM_EPS = 1e-06f;
 
@@ -22,29 +24,31 @@ INLINE void matrix_backward(const vec* g, const vec*, vec* dh) {
 
 // u = sum_i H_pre[i] X_i.
 INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
     at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c));
   });
 }
 
-// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
-INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.
+template <typename Put>
+INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, long channels, bool streamed, Put put) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
     const vec x0 = at.get_next(x + 0 * channels + c, 2 * channels);
     const vec x1 = at.get_next(x + 1 * channels + c, 2 * channels);
-    at.put_far(y + 0 * channels + c, r[0] * x0 + r[1] * x1 + p[0] * fc);
-    at.put_far(y + 1 * channels + c, r[2] * x0 + r[3] * x1 + p[1] * fc);
+    put(c, at, 0, r[0] * x0 + r[1] * x1 + p[0] * fc);
+    put(c, at, 1, r[2] * x0 + r[3] * x1 + p[1] * fc);
   });
 }
 
 // dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
 // and f, whose sums over the channels are the gradients of H_res and H_post.
-INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+template <typename G>
+INLINE void write_streams_backward(const G* g, long g_stride, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
-    const vec g0 = at.get_next(g + 0 * channels + c, 2 * channels);
-    const vec g1 = at.get_next(g + 1 * channels + c, 2 * channels);
+    const vec g0 = at.get_next(g + 0 * g_stride + c, 2 * g_stride);
+    const vec g1 = at.get_next(g + 1 * g_stride + c, 2 * g_stride);
     const vec x0 = at.get_next(x + 0 * channels + c, 2 * channels);
     const vec x1 = at.get_next(x + 1 * channels + c, 2 * channels);
     at.put_far(dx + 0 * channels + c, r[0] * g0 + r[2] * g1);
@@ -61,7 +65,7 @@ INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const s
 
 // The collapse: sum_i X_i, over n for a mean.
 INLINE void sum_streams(const stream_t* x, float divisor, stream_t* out, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
     at.put(out + c, (at.get(x + 0 * channels + c) + at.get(x + 1 * channels + c)) / divisor);
   });
 }

@@ -3,6 +3,8 @@ typedef float stream_t;
 constexpr int N = 3;  // streams
 constexpr int M = 15;  // logits: pre 3, post 3, res 9
 constexpr int S = 1;  // norms, and projected rows, per token
+constexpr bool SITE = true;  // has H_post and H_res
+constexpr int GROUPS = 3;
 constexpr bool MIXES = true;
 constexpr float NORM_EPS = 1e-06f;
 
@@ -172,32 +174,34 @@ INLINE void matrix_backward(const vec* dm, const vec* h, vec* dh) {
 
 // u = sum_i H_pre[i] X_i.
 INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
     at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c) + w[2] * load(x + 2 * padded + c));
   });
 }
 
-// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
-INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.
+template <typename Put>
+INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, long channels, bool streamed, Put put) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
     const vec x0 = at.get_next(x + 0 * channels + c, 3 * channels);
     const vec x1 = at.get_next(x + 1 * channels + c, 3 * channels);
     const vec x2 = at.get_next(x + 2 * channels + c, 3 * channels);
-    at.put_far(y + 0 * channels + c, r[0] * x0 + r[1] * x1 + r[2] * x2 + p[0] * fc);
-    at.put_far(y + 1 * channels + c, r[3] * x0 + r[4] * x1 + r[5] * x2 + p[1] * fc);
-    at.put_far(y + 2 * channels + c, r[6] * x0 + r[7] * x1 + r[8] * x2 + p[2] * fc);
+    put(c, at, 0, r[0] * x0 + r[1] * x1 + r[2] * x2 + p[0] * fc);
+    put(c, at, 1, r[3] * x0 + r[4] * x1 + r[5] * x2 + p[1] * fc);
+    put(c, at, 2, r[6] * x0 + r[7] * x1 + r[8] * x2 + p[2] * fc);
   });
 }
 
 // dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
 // and f, whose sums over the channels are the gradients of H_res and H_post.
-INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+template <typename G>
+INLINE void write_streams_backward(const G* g, long g_stride, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
-    const vec g0 = at.get_next(g + 0 * channels + c, 3 * channels);
-    const vec g1 = at.get_next(g + 1 * channels + c, 3 * channels);
-    const vec g2 = at.get_next(g + 2 * channels + c, 3 * channels);
+    const vec g0 = at.get_next(g + 0 * g_stride + c, 3 * g_stride);
+    const vec g1 = at.get_next(g + 1 * g_stride + c, 3 * g_stride);
+    const vec g2 = at.get_next(g + 2 * g_stride + c, 3 * g_stride);
     const vec x0 = at.get_next(x + 0 * channels + c, 3 * channels);
     const vec x1 = at.get_next(x + 1 * channels + c, 3 * channels);
     const vec x2 = at.get_next(x + 2 * channels + c, 3 * channels);
@@ -222,7 +226,7 @@ INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const s
 
 // The collapse: sum_i X_i, over n for a mean.
 INLINE void sum_streams(const stream_t* x, float divisor, stream_t* out, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
     at.put(out + c, (at.get(x + 0 * channels + c) + at.get(x + 1 * channels + c) + at.get(x + 2 * channels + c)) / divisor);
   });
 }
