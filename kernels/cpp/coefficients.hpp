@@ -6,7 +6,8 @@ constexpr int O = M / S;  // outputs of one projected row: a token, or one strea
 struct Sizes {
   long channels, padded, stride, width, phi, block, sums;
   MEMBER explicit Sizes(long c)
-      : channels(c), padded(padded_to_vectors(c)), stride(N * padded), width(stride / S),
+      : channels(c), padded(padded_to_vectors(c)), stride(N * padded + 32),
+        width(N / S * padded),
         phi(width * O), block(L * stride), sums((M + 3) * L) {}
 };
 
@@ -27,11 +28,11 @@ struct Block {
 INLINE int group(int m) { return m < N ? 0 : m < 2 * N ? 1 : 2; }
 
 // (14), (15): z and 1/r of a block whose rows stand in x.
-INLINE void project_block(const Sizes& size, const float* x, int count, const float* packed,
+INLINE void project_block(const Sizes& size, Rows x, int count, const float* packed,
                           Ahead& ahead, vec* z, vec* inverse) {
   for (int s = 0; s < S; ++s) {
     vec square;
-    project<O>(x + s * size.width, size.stride, size.width, count, packed, ahead, z + s, S,
+    project<O>(x.at + s * size.width, x.stride, size.width, count, packed, ahead, z + s, S,
                &square);
     inverse[s] = 1.0f / sqrt(square / float(N / S * size.channels) + NORM_EPS);
   }
@@ -64,12 +65,12 @@ static void map_block(const vec* z, const vec* inverse, const float* bias, const
 }
 
 // u of the tokens of a block.
-static void read_block(const Sizes& size, const float* x, const Block& block, const vec* pre,
+static void read_block(const Sizes& size, Rows x, const Block& block, const vec* pre,
                        stream_t* U) {
   for (int i = 0; i < block.count; ++i) {
     float weights[N];
     for (int j = 0; j < N; ++j) weights[j] = pre[j][i];
-    read_streams(x + i * size.stride, size.padded, weights, U + (block.first + i) * size.channels,
+    read_streams(x.at + i * x.stride, size.padded, weights, U + (block.first + i) * size.channels,
                  size.channels);
   }
 }
@@ -129,23 +130,23 @@ static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* d
 }
 
 // dphi of a block, and the gradient of its state into `dx`: through the mappings, through u, and
-// what came by other ways (`more`, or null). `dx` may be `x` or `more`.
+// what came by other ways (`more`). `dx` may be `x`.
 template <bool MORE>
-static void state_block_backward(const Sizes& size, const float* x, const float* du,
-                                 const float* more, int count, const float* packed,
-                                 const Through& through, float* phi_sum, float* dx, bool streamed,
-                                 Ahead& ahead) {
+static void state_block_backward(const Sizes& size, Rows x, Rows du, Rows more, int count,
+                                 const float* packed, const Through& through, float* phi_sum,
+                                 float* dx, long dx_stride, bool streamed, Ahead& ahead) {
   for (int j = 0; j < N; ++j) {
     const int s = S == 1 ? 0 : j;
     const long from = S == 1 ? j * size.padded : 0;  // where stream j begins in phi
     auto step = [&](long c, auto columns) {
       constexpr int V = decltype(columns)::value;
       const long at = j * size.padded + c, in_phi = (from + c) * O;
-      add_phi_gradient<V, O>(x + at, size.stride, count, through.dz[s], phi_sum + in_phi,
-                             ahead);
-      state_gradient<V, O, MORE>(x + at, du + c, size.padded, more + at, size.stride, count,
-                                 packed + in_phi, through.dz[s], through.shrink[s], through.pre[j],
-                                 dx + at, streamed, ahead);
+      const float *const dz = through.dz[s], *const rows = x.at + at;
+      add_phi_gradient<V, O>(rows, x.stride, count, dz, phi_sum + in_phi, ahead);
+      state_gradient<V, O, MORE>({rows, x.stride}, {du.at + c, du.stride},
+                                 {more.at + at, more.stride}, count, packed + in_phi, dz,
+                                 through.shrink[s], through.pre[j], dx + at, dx_stride, streamed,
+                                 ahead);
     };
     long c = 0;
     for (; c + COLS * L <= size.padded; c += COLS * L) step(c, Columns<COLS>());

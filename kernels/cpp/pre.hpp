@@ -17,8 +17,8 @@ extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, 
     const Range range = share(tokens);
     for (long t = range.first; t < range.last; t += L) {
       const Block block(t, range.last);
-      const float* x =
-          staged(X + t * N * channels, copy, N, channels, size.padded, block.count);
+      const Rows x = staged(X + t * N * channels, copy, N, channels, size.padded, size.stride,
+                            block.count);
       Ahead ahead;
       block.look_ahead(ahead, X, N * channels);
       vec z[M], inverse[S], pre[N];
@@ -31,7 +31,7 @@ extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, 
 
 extern "C" long mhc_pre_backward_workspace(long channels, int threads) {
   const Sizes size(channels);
-  return size.phi + threads * (size.phi + size.sums + 2 * size.block + L * size.padded);
+  return size.phi + threads * (size.phi + size.sums + size.block + L * size.padded);
 }
 
 extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const float* dh_res,
@@ -49,40 +49,48 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
     pack<O>(phi, packed, N / S, channels, size.padded);
     float* const phi_sum = phi_sums + thread() * size.phi;
     std::memset(phi_sum, 0, size.phi * sizeof(float));
-    float* const x_copy = copies + thread() * (2 * size.block + L * size.padded);
-    float *const dx_copy = x_copy + size.block, *const du_copy = dx_copy + size.block;
+    float* const x = copies + thread() * (size.block + L * size.padded);
+    float* const du_copy = x + size.block;
     Shared sums;
     const Range range = share(tokens);
     const bool streamed = far(dX, tokens, N * channels);
     for (long t = range.first; t < range.last; t += L) {
       const Block block(t, range.last);
       const int count = block.count;
-      const float* x = staged(X + t * N * channels, x_copy, N, channels, size.padded, count);
-      const float* du = staged(dU + t * channels, du_copy, 1, channels, size.padded, count);
+      const Rows du =
+          staged(dU + t * channels, du_copy, 1, channels, size.padded, size.padded, count);
       vec dots[N][L] = {};
       for (int i = 0; i < count; ++i) {
         vec products[N] = {};
-        for (long c = 0; c < size.padded; c += L) {
-          const vec g = load(du + i * size.padded + c);
-          UNROLL for (int j = 0; j < N; ++j)
-            products[j] += g * load(x + i * size.stride + j * size.padded + c);
-        }
+        for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+          const vec g = load(du.at + i * du.stride + c);
+          UNROLL for (int j = 0; j < N; ++j) {
+            const vec value = at.get(X + ((t + i) * N + j) * channels + c);
+            store(x + i * size.stride + j * size.padded + c, value);
+            products[j] += g * value;
+          }
+        });
         for (int j = 0; j < N; ++j) dots[j][i] = products[j];
       }
+      clear_after(x, size.stride, count);
       Through through;
       map_block_backward(size, dots, dh_post, dh_res, saved, bias, alpha, block, sums, through);
       const bool direct = in_place<stream_t>(channels, count);
-      float* const dx = direct ? (float*)(dX + t * N * channels) : dx_copy;
+      float* const dx = direct ? (float*)(dX + t * N * channels) : x;
+      const long dx_stride = direct ? N * channels : size.stride;
       Ahead ahead;
       block.look_ahead(ahead, dU, channels);
       block.look_ahead(ahead, X, N * channels);
-      state_block_backward<false>(size, x, du, x, count, packed, through, phi_sum, dx,
-                                  direct && streamed, ahead);
+      const Rows rows{x, size.stride};
+      state_block_backward<false>(size, rows, du, rows, count, packed, through, phi_sum, dx,
+                                  dx_stride, direct && streamed, ahead);
       if (!direct)
-        for (long row = 0; row < (long)count * N; ++row)
-          for_channels(channels, false, [&](long c, auto at) {
-            at.put(dX + (t * N + row) * channels + c, load(dx_copy + row * size.padded + c));
-          });
+        for (int i = 0; i < count; ++i)
+          for (int j = 0; j < N; ++j)
+            for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+              at.put(dX + ((t + i) * N + j) * channels + c,
+                     load(x + i * size.stride + j * size.padded + c));
+            });
     }
     finish_streams();
     share_gradients(size, sums, phi_sums, vector_sums, dphi, dbias, dalpha);

@@ -1,6 +1,7 @@
 // The projection z = vec(X) phi and its two gradients, for blocks of at most L tokens.
 //
-// Blocks are floats [tokens][streams][padded], channels padded with zeros to whole vectors; phi is
+// Blocks are floats [tokens][streams][padded], channels padded with zeros to whole vectors, and a few
+// floats after every token: rows a power of two apart would meet in few sets of the cache. phi is
 // packed as [chunk of L channels][output][L], so that no vector reaches over two streams.
 
 constexpr long padded_to_vectors(long channels) { return (channels + L - 1) / L * L; }
@@ -69,6 +70,12 @@ template <typename T> INLINE bool in_place(long channels, int count) {
   return sizeof(T) == 4 && channels % L == 0 && count % ROWS == 0;
 }
 
+// The rows of a block: one of every token, all its streams, `stride` apart.
+struct Rows {
+  const float* at;
+  long stride;
+};
+
 // Zeroes the rows of a block that no token has.
 INLINE void clear_after(float* block, long stride, int count) {
   if (count < L) std::memset(block + count * stride, 0, (L - count) * stride * sizeof(float));
@@ -76,15 +83,16 @@ INLINE void clear_after(float* block, long stride, int count) {
 
 // A block in the form above: where it stands, or a copy of it in `copy`.
 template <typename T>
-INLINE const float* staged(const T* from, float* copy, int streams, long channels, long padded,
-                           int count) {
-  if (in_place<T>(channels, count)) return (const float*)from;
-  for (long row = 0; row < (long)count * streams; ++row)
-    for_channels(channels, false, [&](long c, auto at) {
-      store(copy + row * padded + c, at.get(from + row * channels + c));
-    });
-  clear_after(copy, streams * padded, count);
-  return copy;
+INLINE Rows staged(const T* from, float* copy, int streams, long channels, long padded,
+                   long stride, int count) {
+  if (in_place<T>(channels, count)) return {(const float*)from, streams * channels};
+  for (int t = 0; t < count; ++t)
+    for (int j = 0; j < streams; ++j)
+      for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+        store(copy + t * stride + j * padded + c, at.get(from + (t * streams + j) * channels + c));
+      });
+  clear_after(copy, stride, count);
+  return {copy, stride};
 }
 
 template <int W, int O, bool FIRST>
@@ -163,16 +171,16 @@ static void add_phi_gradient(const float* x, long stride, int count, const float
 // dx = dz phi^T + shrink x + weight du for V chunks: through the product, the norm, the pre-mix;
 // plus `more` if MORE.
 template <int V, int O, bool MORE>
-static void state_gradient(const float* x, const float* du, long du_stride, const float* more,
-                           long stride, int count, const float* phi, const float* dz, vec shrink,
-                           vec weight, float* dx, bool streamed, Ahead& ahead) {
+static void state_gradient(Rows x, Rows du, Rows more, int count, const float* phi,
+                           const float* dz, vec shrink, vec weight, float* dx, long dx_stride,
+                           bool streamed, Ahead& ahead) {
   for (int t = 0; t < count; t += ROWS) {
     vec sums[ROWS][V];
     UNROLL for (int r = 0; r < ROWS; ++r) {
       UNROLL for (int v = 0; v < V; ++v) {
-        sums[r][v] = shrink[t + r] * load(x + (t + r) * stride + v * L) +
-                     weight[t + r] * load(du + (t + r) * du_stride + v * L);
-        if (MORE) sums[r][v] += load(more + (t + r) * stride + v * L);
+        sums[r][v] = shrink[t + r] * load(x.at + (t + r) * x.stride + v * L) +
+                     weight[t + r] * load(du.at + (t + r) * du.stride + v * L);
+        if (MORE) sums[r][v] += load(more.at + (t + r) * more.stride + v * L);
       }
     }
     for (int o = 0; o < O; ++o) {
@@ -184,7 +192,7 @@ static void state_gradient(const float* x, const float* du, long du_stride, cons
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
       UNROLL for (int v = 0; v < V; ++v) {
-        float* to = dx + (t + r) * stride + v * L;
+        float* to = dx + (t + r) * dx_stride + v * L;
         if (streamed)
           stream(to, sums[r][v]);
         else

@@ -18,7 +18,6 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
   {
     pack<O>(phi, workspace, N / S, channels, size.padded);
     float* const y = workspace + size.phi + thread() * size.block;
-    std::memset(y, 0, size.block * sizeof(float));
     const Range range = share(tokens);
     const bool streamed = far(Y, tokens, row);
     for (long t = range.first; t < range.last; t += L) {
@@ -30,7 +29,7 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
                       MIXES ? h_res + (t + i) * N * N : nullptr, channels, streamed,
                       [&](long c, auto at, int j, vec value) ALWAYS_INLINE {
                         at.put_far(out + j * channels + c, value);
-                        at.put(kept + j * size.padded + c, rounded<stream_t>(value));
+                        store(kept + j * size.padded + c, rounded<stream_t>(value));
                       });
       }
       clear_after(y, size.stride, block.count);
@@ -38,9 +37,10 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
       block.look_ahead(ahead, F, channels);
       block.look_ahead(ahead, X, row);
       vec z[M], inverse[S], pre[N];
-      project_block(size, y, block.count, workspace, ahead, z, inverse);
+      const Rows rows{y, size.stride};
+      project_block(size, rows, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {next_post, next_res, saved}, pre);
-      read_block(size, y, block, pre, U);
+      read_block(size, rows, block, pre, U);
     }
     finish_streams();
   }
@@ -71,25 +71,26 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
     std::memset(phi_sum, 0, size.phi * sizeof(float));
     float* const y = copies + thread() * (2 * size.block + L * size.padded);
     float *const g_copy = y + size.block, *const du_copy = g_copy + size.block;
-    std::memset(y, 0, size.block * sizeof(float));
     Shared sums;
     const Range range = share(tokens);
     const bool streamed = far(dX, tokens, row);
     for (long t = range.first; t < range.last; t += L) {
       const Block block(t, range.last);
       const int count = block.count;
-      const float* g = staged(dY + t * row, g_copy, N, channels, size.padded, count);
-      const float* du = staged(dU + t * channels, du_copy, 1, channels, size.padded, count);
+      const Rows g =
+          staged(dY + t * row, g_copy, N, channels, size.padded, size.stride, count);
+      const Rows du =
+          staged(dU + t * channels, du_copy, 1, channels, size.padded, size.padded, count);
       vec dots[N][L] = {};
       for (int i = 0; i < count; ++i) {
         float* const kept = y + i * size.stride;
-        const float* const du_row = du + i * size.padded;
+        const float* const du_row = du.at + i * du.stride;
         vec products[N] = {};
         write_streams(X + (t + i) * row, F + (t + i) * channels, h_post + (t + i) * N,
                       MIXES ? h_res + (t + i) * N * N : nullptr, channels, false,
                       [&](long c, auto at, int j, vec value) ALWAYS_INLINE {
                         value = rounded<stream_t>(value);
-                        at.put(kept + j * size.padded + c, value);
+                        store(kept + j * size.padded + c, value);
                         products[j] += value * load(du_row + c);
                       });
         for (int j = 0; j < N; ++j) dots[j][i] = products[j];
@@ -104,7 +105,8 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
       block.look_ahead(ahead, F, channels);
       block.look_ahead(ahead, X, row);
       // The gradient of the state between takes that state's place.
-      state_block_backward<true>(size, y, du, g, count, packed, through, phi_sum, y, false, ahead);
+      state_block_backward<true>(size, {y, size.stride}, du, g, count, packed, through, phi_sum, y,
+                                 size.stride, false, ahead);
       for (int i = 0; i < count; ++i)
         write_token_backward(y + i * size.stride, size.padded, X + (t + i) * row,
                              F + (t + i) * channels, h_post + (t + i) * N,
