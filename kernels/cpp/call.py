@@ -8,54 +8,70 @@ from typing import Any
 import torch
 
 from mhc_compile.kernels.cpp.build import load
-from mhc_compile.kernels.cpp.emit import source
+from mhc_compile.kernels.cpp.emit import Part, source
 from mhc_compile.kernels.spec import SiteSpec
 
 _BLOCK = 16  # tokens: fewer are not worth a thread of their own
 
 
 @cache
-def library(spec: SiteSpec, dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled functions of one site.
+def library(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> ctypes.CDLL:
+    """The compiled functions of some ops of one site.
 
     Raises:
         KernelError: they cannot be built.
     """
-    return load(source(spec, dtype))
-
-
-def dense(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The tensor without gaps, in another dtype if one is given."""
-    return tensor.to(dtype or tensor.dtype).contiguous()
+    return load(source(spec, dtype, part))
 
 
 def coefficients(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Each `dense` in float32."""
-    return [dense(tensor, torch.float32) for tensor in tensors]
+    """Each in float32 and without gaps."""
+    return [tensor.to(torch.float32).contiguous() for tensor in tensors]
 
 
-def tokens_and_threads(X: torch.Tensor) -> tuple[int, int]:
-    """Tokens of a state ``[..., n, C]``, and how many threads share them."""
-    tokens = X.shape[:-2].numel()
-    return tokens, max(1, min(torch.get_num_threads(), -(-tokens // _BLOCK)))
+def streams_last(X: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """A state as ``[..., n, C]`` without gaps; copied unless its memory has that order."""
+    if spec.dim == -1:
+        return X.contiguous()
+    return X.movedim((spec.dim - 1, spec.dim), (-2, -1)).contiguous()
+
+
+def channels_last(x: torch.Tensor, spec: SiteSpec, dtype: torch.dtype) -> torch.Tensor:
+    """An un-widened tensor as ``[..., C]`` in ``dtype`` and without gaps, copied if need be."""
+    x = x.to(dtype)
+    return x.contiguous() if spec.dim == -1 else x.movedim(spec.dim, -1).contiguous()
+
+
+def state_back(X: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``[..., n, C]`` in the layout of the site, contiguous."""
+    if spec.dim == -1:
+        return X
+    return X.movedim((-2, -1), (spec.dim - 1, spec.dim)).contiguous()
+
+
+def narrow_back(x: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``[..., C]`` in the layout of the site, contiguous."""
+    return x if spec.dim == -1 else x.movedim(-1, spec.dim).contiguous()
 
 
 def call(
     built: ctypes.CDLL,
     name: str,
     arguments: Sequence[torch.Tensor | float],
-    X: torch.Tensor,
+    tokens: int,
+    channels: int,
 ) -> None:
-    """Run ``mhc_<name>`` on the tokens of a state ``[..., n, C]``.
+    """Run one generated function, on as many threads as torch uses.
 
     Args:
         built: the library.
-        name: the function; if ``mhc_<name>_workspace`` exists it gets that much memory besides.
+        name: the function is ``mhc_<name>``; if ``mhc_<name>_workspace`` exists it gets that much
+            memory besides.
         arguments: tensors, which are dense, and numbers, in the function's order.
-        X: the state.
+        tokens: number of tokens.
+        channels: width of a stream.
     """
-    tokens, threads = tokens_and_threads(X)
-    channels = X.shape[-1]
+    threads = max(1, min(torch.get_num_threads(), -(-tokens // _BLOCK)))
     function, size = _functions(built, name, tuple(map(type, arguments)))
     # `arguments` outlives the call, and with it the copies among its tensors.
     values = [

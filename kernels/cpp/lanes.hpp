@@ -45,6 +45,10 @@ struct bf16 {
   uint16_t bits;
 };
 
+struct half {
+  uint16_t bits;
+};
+
 INLINE vec load(const float* p) {
   vec v;
   std::memcpy(&v, p, sizeof v);
@@ -55,6 +59,19 @@ INLINE vec load(const bf16* p) {
   hvec v;
   std::memcpy(&v, p, sizeof v);
   return (vec)(__builtin_convertvector(v, uvec) << 16);
+}
+
+INLINE vec half_value(uvec bits) {  // the exponent's bias differs by 112
+  const uvec magnitude = (bits & 0x7fff) << 13;
+  const vec finite = (vec)magnitude * 0x1p112f;
+  const uvec value = magnitude < (0x7c00u << 13) ? (uvec)finite : magnitude | 0x7f800000;
+  return (vec)(value | (bits & 0x8000) << 16);
+}
+
+INLINE vec load(const half* p) {
+  hvec v;
+  std::memcpy(&v, p, sizeof v);
+  return half_value(__builtin_convertvector(v, uvec));
 }
 
 INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
@@ -70,10 +87,27 @@ INLINE void store(bf16* p, vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+INLINE uvec half_bits(vec v) {  // to nearest, ties to even; a NaN stays one
+  const uvec sign = (uvec)v >> 16 & 0x8000, a = (uvec)v & 0x7fffffff;
+  // Below 2^-14 the steps are those of floats around 1/2.
+  const uvec small = (uvec)((vec)a + 0.5f) - 0x3f000000;
+  const uvec normal = ((a + 0xfff + (a >> 13 & 1)) >> 13) - (112 << 10);
+  uvec h = a < 0x38800000 ? small : normal;
+  h = a >= 0x477ff000 ? uvec{} + 0x7c00 : h;
+  h = a > 0x7f800000 ? uvec{} + 0x7e00 : h;
+  return h | sign;
+}
+
+INLINE void store(half* p, vec v) {
+  const hvec h = __builtin_convertvector(half_bits(v), hvec);
+  std::memcpy(p, &h, sizeof h);
+}
+
 // What a reader gets of a value that is stored as a T.
 template <typename T> INLINE vec rounded(vec v);
 template <> MEMBER vec rounded<float>(vec v) { return v; }
 template <> MEMBER vec rounded<bf16>(vec v) { return (vec)(bf16_bits(v) << 16); }
+template <> MEMBER vec rounded<half>(vec v) { return half_value(half_bits(v)); }
 
 // Past the caches, for what is not read again soon: the line is not fetched before it is written.
 INLINE void stream(float* p, vec v) {
@@ -89,6 +123,7 @@ INLINE void stream(float* p, vec v) {
 }
 
 INLINE void stream(bf16* p, vec v) { store(p, v); }
+INLINE void stream(half* p, vec v) { store(p, v); }
 
 // Streamed stores are weakly ordered: other threads see them only after this.
 INLINE void finish_streams() {
@@ -150,6 +185,8 @@ template <typename Step> INLINE void for_channels(long channels, bool far, Step 
 template <typename T> INLINE bool far(const T* out, long tokens, long row) {
   return sizeof(T) == 4 && tokens * row >= (1 << 20) && row % L == 0 && (uintptr_t)out % 64 == 0;
 }
+
+constexpr long padded_to_vectors(long count) { return (count + L - 1) / L * L; }
 
 INLINE vec splat(float x) { return vec{} + x; }
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }
@@ -258,4 +295,16 @@ INLINE Range share(long tokens) {
   const long first = thread() * each + (thread() < rest ? thread() : rest);
   const long last = first + each + (thread() < rest);
   return {first * L, last * L < tokens ? last * L : tokens};
+}
+
+// The sums of all threads' own, in their order; to be called by all threads of a team.
+static void sum_over_team(const double* own, int count, double* all, float* out) {
+  std::memcpy(all + thread() * count, own, count * sizeof(double));
+#pragma omp barrier
+#pragma omp single
+  for (int i = 0; i < count; ++i) {
+    double total = 0;
+    for (int b = 0; b < team(); ++b) total += all[b * count + i];
+    out[i] = float(total);
+  }
 }

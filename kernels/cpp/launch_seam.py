@@ -1,11 +1,20 @@
-"""The generated seam called with tensors; see `mhc_compile.kernels.cpp.launch`."""
+"""The generated seam called with tensors; see `launch`."""
 
 from collections.abc import Sequence
 
 import torch
 
 from mhc_compile.kernels.constraints import constraint_of
-from mhc_compile.kernels.cpp.call import call, coefficients, dense, library
+from mhc_compile.kernels.cpp.call import (
+    call,
+    channels_last,
+    coefficients,
+    library,
+    narrow_back,
+    state_back,
+    streams_last,
+)
+from mhc_compile.kernels.cpp.launch_site import post, post_backward, pre, pre_backward
 from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -24,22 +33,20 @@ def seam(
     shapes: Sequence[Sequence[int]],
 ) -> Five:
     """``mhc::seam``; ``shapes`` are those of the next h_post, h_res and saved."""
-    assert phi is not None, "`obstacle` refuses static mappings"
-    assert alpha is not None
-    X_next, u = X.new_empty(X.shape), X.new_empty((*X.shape[:-2], X.shape[-1]))
-    mappings = [X.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    if phi is None or alpha is None:
+        # Without a projection there is little to share between the two halves.
+        X_next = post(X, f, h_post, h_res, spec)
+        return (X_next, *pre(X_next, phi, bias, alpha, spec, shapes))
+    rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
+    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    out, u = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
+    h_post_next, h_res_next, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if not constraint_of(spec).mixes:
-        torch.eye(spec.streams, out=mappings[1])
-    arguments = (
-        dense(X),
-        dense(f, X.dtype),
-        *coefficients(h_post, h_res, phi, bias, alpha),
-        X_next,
-        u,
-        *mappings,
-    )
-    call(library(spec, X.dtype), "seam", arguments, X)
-    return X_next, u, mappings[0], mappings[1], mappings[2]
+        torch.eye(spec.streams, out=h_res_next)
+    mappings = coefficients(h_post, h_res, phi, bias, alpha)
+    arguments = (rows, branch, *mappings, out, u, h_post_next, h_res_next, saved)
+    call(library(spec, X.dtype), "seam", arguments, tokens, channels)
+    return state_back(out, spec), narrow_back(u, spec), h_post_next, h_res_next, saved
 
 
 def seam_backward(
@@ -58,19 +65,25 @@ def seam_backward(
     spec: SiteSpec,
 ) -> SeamGradients:
     """``mhc::seam_backward``: gradients of X, f, h_post, h_res, phi, bias and alpha."""
-    assert phi is not None, "`obstacle` refuses static mappings"
-    assert alpha is not None
-    dX, df = X.new_empty(X.shape), X.new_empty(f.shape)
+    if phi is None or alpha is None:
+        X_next = post(X, f, h_post, h_res, spec)
+        dX, dphi, dbias, dalpha = pre_backward(
+            du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec
+        )
+        return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
+    rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
+    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    dX, df = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
     dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
     dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
     parameters = (phi, bias, alpha)
     grads = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in parameters]
     arguments = (
-        dense(dX_next, X.dtype),
-        dense(du, X.dtype),
+        streams_last(dX_next.to(X.dtype), spec),
+        channels_last(du, spec, X.dtype),
         *coefficients(dh_post_next, dh_res_next),
-        dense(X),
-        dense(f, X.dtype),
+        rows,
+        branch,
         *coefficients(h_post, h_res, phi, bias, alpha, saved),
         dX,
         df,
@@ -78,10 +91,10 @@ def seam_backward(
         dh_res,
         *grads,
     )
-    call(library(spec, X.dtype), "seam_backward", arguments, X)
-    narrow = (f, h_post, h_res, *parameters)
-    results = (df, dh_post, dh_res, *grads)
-    df, dh_post, dh_res, dphi, dbias, dalpha = (
-        grad.to(like.dtype) for grad, like in zip(results, narrow, strict=True)
+    call(library(spec, X.dtype), "seam_backward", arguments, tokens, channels)
+    narrow = (h_post, h_res, *parameters)
+    dh_post, dh_res, dphi, dbias, dalpha = (
+        grad.to(like.dtype) for grad, like in zip((dh_post, dh_res, *grads), narrow, strict=True)
     )
-    return dX, df, dh_post, dh_res, dphi, dbias, dalpha
+    df = narrow_back(df, spec).to(f.dtype)
+    return state_back(dX, spec), df, dh_post, dh_res, dphi, dbias, dalpha

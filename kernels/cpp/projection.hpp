@@ -4,8 +4,6 @@
 // floats after every token: rows a power of two apart would meet in few sets of the cache. phi is
 // packed as [chunk of L channels][output][L], so that no vector reaches over two streams.
 
-constexpr long padded_to_vectors(long channels) { return (channels + L - 1) / L * L; }
-
 // The memory of the next block, requested line by line while the present one is worked on: many
 // requests at once would stand in each other's way.
 struct Ahead {

@@ -25,8 +25,8 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
       for (int i = 0; i < block.count; ++i) {
         stream_t* const out = Y + (t + i) * row;
         float* const kept = y + i * size.stride;
-        write_streams(X + (t + i) * row, F + (t + i) * channels, h_post + (t + i) * N,
-                      MIXES ? h_res + (t + i) * N * N : nullptr, channels, streamed,
+        write_streams(X + (t + i) * row, F + (t + i) * channels, token_post(h_post, t + i),
+                      token_res(h_res, t + i), channels, streamed,
                       [&](long c, auto at, int j, vec value) ALWAYS_INLINE {
                         at.put_far(out + j * channels + c, value);
                         store(kept + j * size.padded + c, rounded<stream_t>(value));
@@ -86,8 +86,8 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
         float* const kept = y + i * size.stride;
         const float* const du_row = du.at + i * du.stride;
         vec products[N] = {};
-        write_streams(X + (t + i) * row, F + (t + i) * channels, h_post + (t + i) * N,
-                      MIXES ? h_res + (t + i) * N * N : nullptr, channels, false,
+        write_streams(X + (t + i) * row, F + (t + i) * channels, token_post(h_post, t + i),
+                      token_res(h_res, t + i), channels, false,
                       [&](long c, auto at, int j, vec value) ALWAYS_INLINE {
                         value = rounded<stream_t>(value);
                         store(kept + j * size.padded + c, value);
@@ -107,12 +107,15 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
       // The gradient of the state between takes that state's place.
       state_block_backward<true>(size, {y, size.stride}, du, g, count, packed, through, phi_sum, y,
                                  size.stride, false, ahead);
-      for (int i = 0; i < count; ++i)
-        write_token_backward(y + i * size.stride, size.padded, X + (t + i) * row,
-                             F + (t + i) * channels, h_post + (t + i) * N,
-                             MIXES ? h_res + (t + i) * N * N : nullptr, dX + (t + i) * row,
-                             dF + (t + i) * channels, dh_post + (t + i) * N,
-                             MIXES ? dh_res + (t + i) * N * N : nullptr, channels, streamed);
+      for (int i = 0; i < count; ++i) {
+        float products[padded_to_vectors(DOTS)];
+        const long token = t + i;
+        write_token_backward(y + i * size.stride, size.padded, X + token * row,
+                             F + token * channels, token_post(h_post, token),
+                             token_res(h_res, token), dX + token * row, dF + token * channels,
+                             products, channels, streamed);
+        put_dots(products, dh_post + token * N, dh_res + (MIXES ? token * N * N : 0));
+      }
     }
     finish_streams();
     share_gradients(size, sums, phi_sums, vector_sums, dphi, dbias, dalpha);
