@@ -22,7 +22,7 @@ from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, check_options, sites_of
-from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
+from mhc_compile.pipeline import Observer, fusing_passes, rewrite_passes, run_passes
 
 
 def mhc(
@@ -91,6 +91,7 @@ def compile_frame(
     widening = bind(analysis, matches.records, sites_of, node_of, arriving, borders.departures)
     run_passes(copy, (), rewrite_passes(widening), observe)
     borders.leave(copy, widening)
+    run_passes(copy, (), fusing_passes(config.skip_passes), observe)
     inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]
     compiled = borders.wrap(_lower(copy, inputs, config, mode))
     return watch_ends(compiled, analysis, frame) if is_lazy else compiled

@@ -153,7 +153,7 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
     converted = next((sites.config for sites in known if sites is not None), None)
     if converted is None:
         return
-    for name in sorted(given - {"inner"}):
+    for name in sorted(given - {"inner", "skip_passes"}):
         if mine[name] != converted[name]:
             raise ConfigError(
                 f"{name}={mine[name]!r} contradicts the conversion of this model, which had "

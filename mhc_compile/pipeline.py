@@ -1,17 +1,22 @@
 """The passes in their order, and the runner that checks after each."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.canonicalize import canonicalize_pass
+from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
+
+_FUSING: dict[str, Pass] = {"join_seams_pass": join_seams_pass}
+OPTIONAL_PASSES = tuple(_FUSING)
+"""The passes that only improve a graph, and so can be switched off."""
 
 
 def canonical_passes() -> list[tuple[str, Pass]]:
@@ -24,6 +29,15 @@ def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:
     return [
         ("widen_trunks_pass", functools.partial(widen_trunks_pass, widening=widening)),
     ]
+
+
+def fusing_passes(skip: Collection[str] = ()) -> list[tuple[str, Pass]]:
+    """What happens to a graph of mhc ops, wherever they come from, in order.
+
+    Args:
+        skip: names to leave out, of `OPTIONAL_PASSES`.
+    """
+    return [(name, function) for name, function in _FUSING.items() if name not in skip]
 
 
 def run_passes(

@@ -9,6 +9,7 @@ Reference:
 """
 
 import json
+import operator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.rewrite import rewrite
+
+_PRE, _SEAM = torch.ops.mhc.pre.default, torch.ops.mhc.seam.default
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,15 +149,13 @@ class _Observer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is torch.ops.mhc.pre.default:
-            X, spec = self._state(n), SiteSpec.decode(cast("str", _argument(n, "spec")))
-            h_res = (
-                result[2].detach().double().flatten(0, -3)
-                if result[2].ndim > 2
-                else result[2][None].double()
-            )
+        if n.target in (_PRE, _SEAM):
+            # A seam also makes the state that its pre reads.
+            X, h_res = (self._state(n), result[2]) if n.target is _PRE else (result[0], result[3])
+            spec = SiteSpec.decode(cast("str", _argument(n, "spec")))
+            maps = h_res.detach().double().reshape(-1, *h_res.shape[-2:])
             trunk = self.trunk_of[cast("fx.Node", _argument(n, "X"))]
-            self.seen.append((_site_name(n), trunk, h_res, _spread(X, spec)))
+            self.seen.append((_site_name(n), trunk, maps, _spread(X, spec)))
         elif n.target is torch.ops.mhc.collapse.default:
             X, spec = self._state(n), SiteSpec.decode(cast("str", _argument(n, "spec")))
             self.spreads[self.trunk_of[cast("fx.Node", _argument(n, "X"))]] = _spread(X, spec)
@@ -176,15 +177,21 @@ def _argument(node: fx.Node, name: str) -> Any:
 def _trunks(graph: fx.Graph) -> dict[fx.Node, int]:
     """The trunk of every node that carries an n-stream state."""
     trunk_of: dict[fx.Node, int] = {}
-    ends = (torch.ops.mhc.pre.default, torch.ops.mhc.collapse.default)
+    ends = (_PRE, torch.ops.mhc.collapse.default)
     for node in graph.nodes:
         if node.target is torch.ops.mhc.expand.default:
             trunk_of[node] = len(set(trunk_of.values()))
-        elif node.target not in ends:
+        elif node.target not in ends and not _is_mapping(node):
             carried = [trunk_of[source] for source in node.all_input_nodes if source in trunk_of]
             if carried:
                 trunk_of[node] = carried[0]
     return trunk_of
+
+
+def _is_mapping(node: fx.Node) -> bool:
+    """Whether the node takes something else than the state out of a seam."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target is _SEAM and node.args[1:] != (0,)
 
 
 def _site_name(node: fx.Node) -> str:
