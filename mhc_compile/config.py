@@ -65,6 +65,11 @@ class MHCConfig:
     else, "reference" is plain torch."""
     inner: Inner = "inductor"
     """What compiles the rewritten graph."""
+    recompute: int | Literal["auto", "off"] = "auto"
+    """What the backward makes again instead of keeping it: "auto" keeps the state once a block of
+    sites, of the length of the paper's equation (20), and every branch output; a number is the
+    length of the blocks; "off" leaves it to torch. With a budget in
+    ``torch._functorch.config.activation_memory_budget``, "auto" is "off"."""
     skip_passes: tuple[str, ...] = ()
     """Passes to leave out: ``join_seams_pass``. The result is the same, and slower."""
     on_eager: OnEager = "raise"
@@ -88,6 +93,13 @@ class MHCConfig:
             raise ConfigError(
                 f"skip_passes={self.skip_passes!r} is not allowed: there is no {unknown[0]!r}, "
                 f"but {', '.join(OPTIONAL_PASSES)}"
+            )
+        if self.recompute not in ("auto", "off") and not (
+            type(self.recompute) is int and self.recompute >= 1
+        ):
+            raise ConfigError(
+                f"recompute={self.recompute!r} is not allowed: use 'auto', 'off' or the number of "
+                "sites in a block"
             )
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(

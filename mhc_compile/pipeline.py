@@ -2,20 +2,20 @@
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.canonicalize import canonicalize_pass
+from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
-_FUSING: dict[str, Pass] = {"join_seams_pass": join_seams_pass}
-OPTIONAL_PASSES = tuple(_FUSING)
+OPTIONAL_PASSES = ("join_seams_pass",)
 """The passes that only improve a graph, and so can be switched off."""
 
 
@@ -31,13 +31,23 @@ def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:
     ]
 
 
-def fusing_passes(skip: Collection[str] = ()) -> list[tuple[str, Pass]]:
+def improving_passes(
+    skip: Collection[str] = (), *, recompute: int | Literal["auto", "off"] = "off"
+) -> list[tuple[str, Pass]]:
     """What happens to a graph of mhc ops, wherever they come from, in order.
 
     Args:
         skip: names to leave out, of `OPTIONAL_PASSES`.
+        recompute: as in `MHCConfig`.
     """
-    return [(name, function) for name, function in _FUSING.items() if name not in skip]
+    length = recompute if isinstance(recompute, int) else None
+    passes: list[tuple[str, Pass]] = []
+    if recompute != "off":
+        tag = functools.partial(tag_recompute_pass, length=length)
+        passes.append(("tag_recompute_pass", tag))
+    # After the tags: a seam across the start of a block would make its state twice.
+    passes.append(("join_seams_pass", join_seams_pass))
+    return [(name, function) for name, function in passes if name not in skip]
 
 
 def run_passes(

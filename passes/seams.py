@@ -10,13 +10,12 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mhc_compile.passes.states import POST, PRE, SEAM
 from mhc_compile.passes.values import meta_of_part
 
-_POST, _PRE = torch.ops.mhc.post.default, torch.ops.mhc.pre.default
 # What ties an operation to a region that is recomputed as a whole in the backward.
 _REGION = ("recompute", "ac_graph_id")
 
@@ -37,9 +36,9 @@ def join_seams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResul
 
 def _pairs(gm: GraphModule, order: Mapping[Node, int]) -> Iterator[tuple[Node, Node, Node]]:
     """A post, the pre that goes with it, and the node behind which their seam can stand."""
-    for post in gm.graph.find_nodes(op="call_function", target=_POST):
+    for post in gm.graph.find_nodes(op="call_function", target=POST):
         for pre in post.users:
-            if pre.target is not _PRE or pre.args[0] is not post or pre.args[-1] != post.args[-1]:
+            if pre.target is not PRE or pre.args[0] is not post or pre.args[-1] != post.args[-1]:
                 continue
             if any(pre.meta.get(key) != post.meta.get(key) for key in _REGION):
                 continue
@@ -55,9 +54,7 @@ def _join(gm: GraphModule, post: Node, pre: Node, behind: Node) -> None:
     graph, (*state, spec), (_, *parameters, _) = gm.graph, post.args, pre.args
     with graph.inserting_after(behind):
         arguments = (*state, *parameters, spec)
-        seam = graph.create_node(
-            "call_function", torch.ops.mhc.seam.default, arguments, name=f"{post.name}_seam"
-        )
+        seam = graph.create_node("call_function", SEAM, arguments, name=f"{post.name}_seam")
     with graph.inserting_after(seam):
         state_after = graph.create_node(
             "call_function", operator.getitem, (seam, 0), name=f"{post.name}_next"

@@ -9,7 +9,7 @@ from mhc_compile.passes.widen import Widening
 from mhc_compile.pipeline import (
     OPTIONAL_PASSES,
     canonical_passes,
-    fusing_passes,
+    improving_passes,
     rewrite_passes,
     run_passes,
 )
@@ -32,15 +32,17 @@ def replace_neg(gm, example_inputs):
 def test_the_passes_and_their_order_are_these():
     assert [name for name, _ in canonical_passes()] == ["canonicalize_pass"]
     assert [name for name, _ in rewrite_passes(Widening(Plan(), {}))] == ["widen_trunks_pass"]
-    assert [name for name, _ in fusing_passes()] == ["join_seams_pass"]
+    assert [name for name, _ in improving_passes()] == ["join_seams_pass"]
+    names = [name for name, _ in improving_passes(recompute="auto")]
+    assert names == ["tag_recompute_pass", "join_seams_pass"]
 
 
 def test_passes_that_only_improve_can_be_left_out_by_name():
-    assert fusing_passes(OPTIONAL_PASSES) == []
+    assert improving_passes(OPTIONAL_PASSES) == []
 
 
 def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
-    passes = [*canonical_passes(), *rewrite_passes(Widening(Plan(), {})), *fusing_passes()]
+    passes = [*canonical_passes(), *rewrite_passes(Widening(Plan(), {})), *improving_passes()]
     for _, function in passes:
         gm = graph_module()
         assert function(gm, ()) == PassResult(gm, False)
