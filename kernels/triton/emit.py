@@ -8,9 +8,13 @@ from functools import cache
 
 import torch
 
+from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton.emit_backward import backward_kernels, maps_backward_function
+from mhc_compile.kernels.triton.emit_ends import end_kernels
 from mhc_compile.kernels.triton.emit_post import post_kernels
-from mhc_compile.kernels.triton.maps import vector
+from mhc_compile.kernels.triton.emit_pre import maps_function, pre_kernels
+from mhc_compile.kernels.triton.maps import head_maps, site_maps, vector
 from mhc_compile.kernels.triton.text import Kernel
 
 STREAM_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -20,7 +24,11 @@ STREAM_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 @cache
 def kernels(spec: SiteSpec) -> dict[str, Kernel]:
     """Every kernel of a site, by name."""
-    return {kernel.name: kernel for kernel in post_kernels(spec)}
+    found = [*post_kernels(spec), *end_kernels(spec)]
+    if spec.dynamic:
+        for maps in (site_maps(spec), head_maps(spec)):
+            found += [*pre_kernels(spec, maps), *backward_kernels(spec, maps)]
+    return {kernel.name: kernel for kernel in found}
 
 
 @cache
@@ -34,9 +42,13 @@ def source(spec: SiteSpec, dtype: torch.dtype) -> str:
     Returns:
         Python text that imports nothing but triton.
     """
+    functions = [_HELPERS]
+    if spec.dynamic:
+        functions.append(constraint_of(spec).triton(spec))
+        for maps in (site_maps(spec), head_maps(spec)):
+            functions += [maps_function(spec, maps), maps_backward_function(spec, maps)]
     texts = (kernel.text() for kernel in kernels(spec).values())
-    parts = (_head(spec, dtype), _HELPERS, *texts)
-    return "\n\n".join(parts)
+    return "\n\n".join((_head(spec, dtype), *functions, *texts))
 
 
 def _head(spec: SiteSpec, dtype: torch.dtype) -> str:
@@ -62,4 +74,14 @@ def read(at, live):
 def by_vector(v, BC: tl.constexpr):
     # Sums of what each thread holds.
     return tl.sum(tl.reshape(v, (BC // VECTOR, VECTOR)), 1)
+
+
+@triton.jit
+def tanh(x):
+    # Near 0 by its series: 1 - exp(-2 x) would cancel.
+    q = x * x
+    series = x * (1.0 - q * (1.0 / 3.0 - q * (2.0 / 15.0 - q * (17.0 / 315.0 - q * 62.0 / 2835.0))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(q < 0.04, series, tl.where(x < 0.0, -far, far))
 """

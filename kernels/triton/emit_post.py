@@ -16,11 +16,15 @@ def post_kernels(spec: SiteSpec) -> list[Kernel]:
     return [_post(spec), _post_backward(spec)]
 
 
+def stream(base: str, j: int) -> str:
+    """Where stream ``j`` lies in the state at ``base``."""
+    return f"{base} + {f'{j} * C' if j > 1 else 'C'}" if j else base
+
+
 def load_streams(n: int, base: str, name: str, live: str = "live") -> Iterator[str]:
     """The n streams at ``base`` as float32 tiles ``{name}0``, ``{name}1``, ..."""
     for j in range(n):
-        at = f"{base} + {j} * C" if j else base
-        yield f"{name}{j} = read({at}, {live})"
+        yield f"{name}{j} = read({stream(base, j)}, {live})"
 
 
 def load_mappings(spec: SiteSpec, token: str, read: str) -> Iterator[str]:
@@ -76,8 +80,7 @@ def products(spec: SiteSpec, i: int) -> list[tuple[str, str]]:
 def store_streams(n: int, base: str, name: str, live: str = "live") -> Iterator[str]:
     """Store tiles ``{name}0``, ... as the n streams at ``base``."""
     for j in range(n):
-        at = f"{base} + {j} * C" if j else base
-        yield f"tl.store({at}, {name}{j}, mask={live})"
+        yield f"tl.store({stream(base, j)}, {name}{j}, mask={live})"
 
 
 def store_products(spec: SiteSpec, post: str, res: str, value: str, mask: str = "") -> Iterator[str]:

@@ -88,6 +88,11 @@ def head_maps(spec: SiteSpec) -> Maps:
     )
 
 
+def maps_of(kernel: str, spec: SiteSpec) -> Maps:
+    """The mappings that a kernel of this name is about."""
+    return head_maps(spec) if kernel.startswith("head") else site_maps(spec)
+
+
 def vector(dtype: torch.dtype) -> int:
     """Stream elements that one thread reads at once."""
     return VECTOR_BYTES // dtype.itemsize

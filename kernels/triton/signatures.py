@@ -4,6 +4,7 @@ import torch
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit import kernels
+from mhc_compile.kernels.triton.maps import maps_of
 from mhc_compile.kernels.triton.tiles import TARGETS, tile
 
 STREAM_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -25,7 +26,7 @@ def aot_variants(
     """
     found: list[Variant] = []
     for name, kernel in kernels(spec).items():
-        chosen = tile(name, spec.streams, channels, dtype, TARGETS[target])
+        chosen = tile(name, maps_of(name, spec), channels, dtype, TARGETS[target])
         signature = dict.fromkeys(kernel.streams, STREAM_POINTERS[dtype])
         signature |= dict.fromkeys(kernel.floats, "*fp32")
         signature |= dict.fromkeys(kernel.integers, "i32")

@@ -46,6 +46,12 @@ class Kernel:
         )
 
 
+def function(name: str, arguments: Iterable[str], comment: str, body: Iterable[str]) -> str:
+    """A ``@triton.jit`` function that kernels call."""
+    head = call(f"def {name}", arguments, after=":")
+    return "\n".join(("@triton.jit", *head, f"    # {comment}", *indent(body), ""))
+
+
 def call(head: str, arguments: Iterable[str], after: str = "") -> Iterator[str]:
     """``head(arguments)after``, over several lines if it is long."""
     arguments = list(arguments)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mhc_compile.kernels.triton.maps import power_of_two, vector
+from mhc_compile.kernels.triton.maps import Maps, vector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,24 +49,70 @@ class Tile:
     stages: int = 1
 
 
-def tile(kernel: str, streams: int, channels: int, dtype: torch.dtype, target: Target) -> Tile:
+def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Target) -> Tile:
     """The tile of a kernel.
 
     Args:
         kernel: its name, one of `mhc_compile.kernels.triton.emit.kernels`.
-        streams: number n of streams.
+        maps: of the site, or of its head for kernels of that.
         channels: width C.
         dtype: of the streams.
         target: where it runs.
     """
     per_warp = target.lanes * vector(dtype)  # channels that one warp covers with wide accesses
-    if kernel == "post":
-        width = _fitting(channels, per_warp, 4 * per_warp)
-        return Tile(constants={"C": channels, "BC": width}, warps=max(1, width // per_warp))
+    width = {"C": channels}
+    if kernel in ("post", "expand", "collapse_mean", "collapse_sum"):
+        block = _fitting(channels, per_warp, 4 * per_warp)
+        return Tile(constants={**width, "BC": block}, warps=block // per_warp)
     if kernel == "post_backward":
-        width = min(per_warp, power_of_two(channels))
-        return Tile(constants={"C": channels, "BC": width}, warps=1)
-    raise ValueError(kernel)
+        return Tile(constants={**width, "BC": per_warp}, warps=1)
+    if kernel == "sum_rows":
+        return Tile(constants={"SPAN": 1024, "BR": 32, "BK": 64}, warps=4)
+    if kernel == "sum_products":
+        return Tile(constants={"BT": 64}, warps=2)
+    if kernel.endswith("sum_maps"):
+        return Tile(constants={"BR": 32}, warps=4)
+    if kernel.endswith("_mix"):
+        return Tile(constants={**width, "SLICE": _SLICE, "BT": 4, "BC": per_warp}, warps=4)
+    if kernel.endswith("_backward_maps"):
+        return Tile(constants={**width, "BT": 16, "BC": 64}, warps=4)
+    products = {"PRECISION": target.precision}
+    if kernel.endswith("_backward_streams"):
+        return Tile(constants={**width, "BT": 32, "BC": 32, **products}, warps=4)
+    if kernel.endswith("_scan"):
+        constants = {**width, "SLICE": _SLICE, "BT": 64, "BC": 32, **products}
+        return Tile(constants=constants, warps=8, stages=2)
+    return Tile(constants={**width, "BT": 16, "BC": 64, **products}, warps=4, stages=2)
+
+
+_SLICE = 256
+"""Channels whose sums one program of a scan makes."""
+
+
+def one_launch(maps: Maps, channels: int, dtype: torch.dtype, tokens: int, target: Target) -> bool:
+    """Whether a state is still in the caches when one kernel reads it for the second time.
+
+    It also takes enough tokens for a program on every processor.
+    """
+    tokens_at_once = 16 * _PROGRAMS * target.units
+    state = maps.streams * channels * dtype.itemsize
+    return tokens >= 16 * target.units and tokens_at_once * state <= 0.8 * target.cache
+
+
+_PROGRAMS = 2
+"""Programs of a one-launch kernel that a processor is assumed to run at a time."""
+
+
+def span(tokens: int, channels: int, chosen: Tile) -> int:
+    """Tokens that one program of a ``..._backward_streams`` kernel walks over.
+
+    Few enough programs that their parts of the gradient of phi are little beside the streams, and
+    enough to fill a GPU. The same on every device, and so are the order of the sums and their bits.
+    """
+    slices = -(-channels // int(chosen.constants["BC"]))
+    chunks = max(1, 512 // slices)
+    block = int(chosen.constants["BT"])
+    return -(-max(128, -(-tokens // chunks)) // block) * block
 
 
 def _fitting(channels: int, least: int, most: int) -> int:

@@ -1,0 +1,312 @@
+"""Text of the backward kernels of ``mhc::pre``, ``mhc::seam`` and the learned collapse.
+
+Two kernels, because the gradients of the logits need sums over all channels first. `..._maps` owns
+BT tokens: it reads the streams and du, and leaves what is a number per token in WORK.
+`..._streams` owns BC channels and walks over tokens, so that its part of the gradient of phi stays
+in registers; it writes the gradients of the streams. The seam makes X' again from X and f in both:
+its streams cost 6 + 15 rows of C per token for n = 4. Sums over slices or programs are left in
+memory and added by a kernel of their own in a fixed order: no atomics.
+"""
+
+from collections.abc import Iterator
+
+from mhc_compile.kernels.constraints import constraint_of
+from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton.emit_post import (
+    branch_returned,
+    load_mappings,
+    load_streams,
+    products,
+    returned,
+    store_streams,
+    stream,
+)
+from mhc_compile.kernels.triton.emit_pre import (
+    COLUMN,
+    block_of_channels,
+    block_of_tokens,
+    group,
+    logits,
+    make_next_state,
+    norm_values,
+    pre_weights,
+)
+from mhc_compile.kernels.triton.maps import Maps, power_of_two
+from mhc_compile.kernels.triton.text import Kernel, assign, call, function, loop
+
+
+def backward_kernels(spec: SiteSpec, maps: Maps) -> list[Kernel]:
+    """The two kernels of a read of the streams, for the seam too, and the sums they leave."""
+    kernels = [_maps(spec, maps, seam=False), _streams(spec, maps, seam=False), _sum_maps(maps)]
+    if maps.prefix == "pre":
+        kernels += [
+            _maps(spec, maps, seam=True),
+            _streams(spec, maps, seam=True),
+            _sum_products(spec),
+        ]
+    return kernels
+
+
+def product_count(spec: SiteSpec) -> int:
+    """Gradients of h_res and h_post per token."""
+    n = spec.streams
+    return n * n + n if constraint_of(spec).mixes else n
+
+
+def maps_backward_function(spec: SiteSpec, maps: Maps) -> str:
+    """The function from the gradients of the mappings of some tokens to WORK and SUMS."""
+
+    def body() -> Iterator[str]:
+        yield from logits(maps)
+        yield from pre_weights(maps)
+        yield from _through_gates(spec, maps)
+        yield from _through_affine(maps)
+
+    dots = [f"d{i}" for i in range(spec.streams)]
+    return function(
+        f"{maps.prefix}_maps_backward",
+        [*dots, *_maps_arguments(maps), "C", "t", "there"],
+        "Through (19) to (15): dz, and what else of dX is a number per token.",
+        body(),
+    )
+
+
+def _maps_arguments(maps: Maps) -> tuple[str, ...]:
+    grads = () if maps.prefix == "head" else ("NEXT_DPOST", "NEXT_DRES")
+    return ("BIAS", "ALPHA", "SAVED", *grads, "WORK", "SUMS")
+
+
+def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
+    n = spec.streams
+
+    def step() -> Iterator[str]:
+        yield from block_of_channels(n)
+        if seam:
+            yield from make_next_state(spec, store=False)
+        else:
+            yield from load_streams(n, "X + row", "v")
+        yield "du = read(DU + t[:, None] * C + c[None, :], live)"
+        yield from (f"d{i} += v{i} * du" for i in range(n))
+
+    def body() -> Iterator[str]:
+        yield from block_of_tokens()
+        if seam:
+            yield from load_mappings(spec, "t", COLUMN)
+        yield from (f"d{i} = tl.zeros([BT, BC], tl.float32)" for i in range(n))
+        yield from loop("for start in range(0, C, BC)", step())
+        dots = [f"tl.sum(d{i}, 1)" for i in range(n)]
+        arguments = [*dots, *_maps_arguments(maps), "C", "t", "there"]
+        yield from call(f"{maps.prefix}_maps_backward", arguments)
+
+    return Kernel(
+        name="seam_backward_maps" if seam else f"{maps.prefix}_backward_maps",
+        comment=(
+            "dH_pre[i] = <X_i, du>, then back to dz; sums for bias and alpha over the program's\n"
+            "tokens."
+        ),
+        streams=("X", "F", "DU") if seam else ("X", "DU"),
+        floats=(*(("H_POST", "H_RES") if seam else ()), *_maps_arguments(maps)),
+        integers=("T",),
+        constants=("C", "BT", "BC"),
+        body=tuple(body()),
+    )
+
+
+def _through_gates(spec: SiteSpec, maps: Maps) -> Iterator[str]:
+    """``dh{m}``, the gradients of the logits."""
+    n, tanh = spec.streams, maps.gate == "tanh"
+    for i in range(n):
+        if tanh:
+            yield f"dh{i} = d{i}"
+        else:
+            yield f"gate{i} = tl.sigmoid(h{i})"
+            yield f"dh{i} = d{i} * (gate{i} * (1.0 - gate{i}))"
+    if maps.prefix == "head":
+        return
+    for i in range(n):
+        grad = f"read(NEXT_DPOST + t * {n} + {i}, there)"
+        if tanh:
+            yield f"dh{n + i} = {grad}"
+        else:
+            yield f"gate{n + i} = tl.sigmoid(h{n + i})"
+            yield f"dh{n + i} = {grad} * (2.0 * gate{n + i} * (1.0 - gate{n + i}))"
+    if maps.mixes:
+        for e in range(n * n):
+            yield f"dres{e} = read(NEXT_DRES + t * {n * n} + {e}, there)"
+        k = constraint_of(spec).logits(n)
+        arguments = [f"dres{e}" for e in range(n * n)] + [f"h{2 * n + m}" for m in range(k)]
+        yield from call("dlogits = matrix_backward", arguments)
+        yield from (f"dh{2 * n + m} = dlogits[{m}]" for m in range(k))
+
+
+def _through_affine(maps: Maps) -> Iterator[str]:
+    """``dz`` and the factors of x, to WORK; sums for bias and alpha, to SUMS."""
+    width = maps.width
+    yield f"work = WORK + t * {maps.work}"
+    for m in range(width):
+        bound = f" * (1.0 - hidden{m} * hidden{m})" if maps.gate == "tanh" else ""
+        yield f"dhidden{m} = dh{m} * alpha{group(maps, m)}{bound}"
+        yield f"tl.store(work + {m}, dhidden{m} * inverse{m % maps.norms}, mask=there)"
+    yield "# d(1/r)/dx = -(1/r)^3 x / (values of one norm)."
+    for s in range(maps.norms):
+        yield from assign(
+            f"dinverse{s}", [f"dhidden{m} * z{m}" for m in range(s, width, maps.norms)]
+        )
+        cube = f"inverse{s} * inverse{s} * inverse{s}"
+        shrink = f"-dinverse{s} * ({cube}) / {norm_values(maps)}"
+        yield f"tl.store(work + {width + s}, {shrink}, mask=there)"
+    for i in range(maps.streams):
+        yield f"tl.store(work + {maps.saved + i}, w{i}, mask=there)"
+    yield f"sums = SUMS + tl.program_id(0) * {width + len(maps.groups)}"
+    yield from (f"tl.store(sums + {m}, tl.sum(dh{m}, 0))" for m in range(width))
+    for g in range(len(maps.groups)):
+        terms = [f"dh{m} * hidden{m}" for m in range(width) if group(maps, m) == g]
+        if terms:
+            yield from assign(f"dalpha{g}", terms)
+            yield f"tl.store(sums + {width + g}, tl.sum(dalpha{g}, 0))"
+        else:
+            yield f"tl.store(sums + {width + g}, 0.0)"
+
+
+def _streams(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
+    n, columns, count = spec.streams, maps.columns, product_count(spec)
+    projections = range(1 if maps.norms > 1 else n)  # tiles of phi and of its gradient
+
+    def at_phi(j: int) -> str:
+        return f"({j} * C + c)[None, :] * {columns} + m[:, None]"
+
+    def load_work() -> Iterator[str]:
+        yield f"work = WORK + t * {maps.work}"
+        inside = f"there[:, None] & (m < {columns})[None, :]"
+        for s in range(maps.norms):
+            at = f"m[None, :] * {maps.norms} + {s}" if maps.norms > 1 else "m[None, :]"
+            yield f"dz{s} = read(work[:, None] + {at}, {inside})"
+            yield f"shrink{s} = read(work + {maps.width + s}, there)[:, None]"
+        for i in range(n):
+            yield f"w{i} = read(work + {maps.saved + i}, there)[:, None]"
+
+    def through_phi(j: int) -> Iterator[str]:
+        """The gradient of phi, and the terms of that of stream ``j``, from ``v{j}``."""
+        s, tile = j % maps.norms, min(j, projections[-1])
+        precision = "input_precision=PRECISION"
+        yield f"dphi{tile} = tl.dot(tl.trans(dz{s}), v{j}, dphi{tile}, {precision})"
+        yield f"g{j} = w{j} * du + shrink{s} * v{j} + tl.dot(dz{s}, phi{tile}, {precision})"
+
+    def step() -> Iterator[str]:
+        yield "t = tl.arange(0, BT).to(tl.int64) + start"
+        yield "there = t < last"
+        yield "live = there[:, None] & inside[None, :]"
+        yield f"row = t[:, None] * ({n} * C) + c[None, :]"
+        if seam:
+            yield f"products = PRODUCTS + tl.program_id(0).to(tl.int64) * {count} * T + t"
+            yield from load_mappings(spec, "t", COLUMN)
+            yield from make_next_state(spec, store=False)
+        else:
+            yield from load_streams(n, "X + row", "v")
+        yield from load_work()
+        yield "du = read(DU + t[:, None] * C + c[None, :], live)"
+        for j in range(n):
+            yield from through_phi(j)
+            if not seam:
+                yield f"tl.store({stream('DX + row', j)}, g{j}, mask=live)"
+                continue
+            yield f"g{j} += read({stream('DY + row', j)}, live)"
+            for name, factor in products(spec, j):
+                number = int(name[1:]) + (count - n if name[0] == "q" else 0)
+                value = f"tl.sum(g{j} * {factor}, 1)"
+                yield f"tl.store(products + {number} * T, {value}, mask=there)"
+        if seam:
+            for j in range(n):
+                yield from assign(f"dx{j}", returned(spec, j))
+            yield from store_streams(n, "DX + row", "dx")
+            yield from assign("df", branch_returned(spec))
+            yield "tl.store(DF + t[:, None] * C + c[None, :], df, mask=live)"
+
+    def body() -> Iterator[str]:
+        yield "c = tl.program_id(0) * BC + tl.arange(0, BC)"
+        yield "inside = c < C"
+        yield "first = tl.program_id(1) * SPAN"
+        yield "last = tl.minimum(first + SPAN, T)"
+        yield f"m = tl.arange(0, {maps.padded})"
+        yield f"of_phi = (m < {columns})[:, None] & inside[None, :]"
+        for j in projections:
+            yield f"phi{j} = read(PHI + {at_phi(j)}, of_phi)"
+            yield f"dphi{j} = tl.zeros([{maps.padded}, BC], tl.float32)"
+        yield from loop("for start in range(first, last, BT)", step())
+        size = len(projections)
+        yield f"part = DPHI + tl.program_id(1).to(tl.int64) * ({size} * C * {columns})"
+        for j in projections:
+            yield f"tl.store(part + {at_phi(j)}, dphi{j}, mask=of_phi)"
+
+    return Kernel(
+        name="seam_backward_streams" if seam else f"{maps.prefix}_backward_streams",
+        comment=(
+            "dX' += H_pre du + dz phi^T + (its part through the norm), then through X' to X and f.\n"
+            "BC channels of SPAN tokens a program, with its sums for phi, H_res and H_post."
+            if seam
+            else "dX = H_pre du + dz phi^T + (its part through the norm); dphi = X^T dz.\n"
+            "BC channels of SPAN tokens a program."
+        ),
+        streams=("DY", "DU", "X", "F", "DX", "DF") if seam else ("DU", "X", "DX"),
+        floats=(
+            *(("H_POST", "H_RES") if seam else ()),
+            *("PHI", "WORK", "DPHI"),
+            *(("PRODUCTS",) if seam else ()),
+        ),
+        integers=("T", "SPAN"),
+        constants=("C", "BT", "BC", "PRECISION"),
+        body=tuple(body()),
+    )
+
+
+def _sum_maps(maps: Maps) -> Kernel:
+    width, total = maps.width, maps.width + len(maps.groups)
+    body = (
+        f"m = tl.arange(0, {power_of_two(total)})",
+        f"total = tl.zeros([BR, {power_of_two(total)}], tl.float32)",
+        *loop(
+            "for start in range(0, ROWS, BR)",
+            (
+                "row = start + tl.arange(0, BR)",
+                f"inside = (row < ROWS)[:, None] & (m < {total})[None, :]",
+                f"total += read(SUMS + row[:, None] * {total} + m[None, :], inside)",
+            ),
+        ),
+        "total = tl.sum(total, 0)",
+        f"tl.store(DBIAS + m, total, mask=m < {width})",
+        f"tl.store(DALPHA + m - {width}, total, mask=(m >= {width}) & (m < {total}))",
+    )
+    return Kernel(
+        name=f"{maps.prefix}_sum_maps",
+        comment="The gradients of bias and alpha from the sums of all programs. One program.",
+        streams=(),
+        floats=("SUMS", "DBIAS", "DALPHA"),
+        integers=("ROWS",),
+        constants=("BR",),
+        body=body,
+    )
+
+
+def _sum_products(spec: SiteSpec) -> Kernel:
+    n, count = spec.streams, product_count(spec)
+
+    def body() -> Iterator[str]:
+        yield from block_of_tokens()
+        yield from (f"sum{e} = tl.zeros([BT], tl.float32)" for e in range(count))
+        yield "at = t"
+        step = [f"sum{e} += read(PRODUCTS + at + {e} * T, there)" for e in range(count)]
+        yield from loop("for _ in range(0, SLICES)", [*step, f"at += {count} * T"])
+        for i in range(n):
+            yield f"tl.store(DH_POST + t * {n} + {i}, sum{count - n + i}, mask=there)"
+        for e in range(count - n):
+            yield f"tl.store(DH_RES + t * {n * n} + {e}, sum{e}, mask=there)"
+
+    return Kernel(
+        name="sum_products",
+        comment="The gradients of H_post and H_res from the sums of all slices of the channels.",
+        streams=(),
+        floats=("PRODUCTS", "DH_POST", "DH_RES"),
+        integers=("T", "SLICES"),
+        constants=("BT",),
+        body=tuple(body()),
+    )
