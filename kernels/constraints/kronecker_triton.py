@@ -12,10 +12,10 @@ def kronecker_triton(n: int) -> str:
     """
     h, g = numbered("h", 2 * _factors(n)), numbered("g", n * n)
     functions = (
-        function("matrix", h, _matrix(n)),
-        function("matrix_backward", [*g, *h], _backward(n)),
+        function("matrix", h, "H_res[i, j] = v[i ^ j].", _matrix(n)),
+        function("matrix_backward", [*g, *h], "Through v and its factors.", _backward(n)),
     )
-    title = "# H_res[i, j] = v[i ^ j], v the product of all softmax(h_k), arXiv 2601.21579.\n"
+    title = "# v is the product of all softmax(h_k), each of one weight to keep and one to swap; arXiv 2601.21579.\n"
     return title + "\n\n".join(functions)
 
 
@@ -53,9 +53,7 @@ def _backward(n: int) -> Iterator[str]:
     grads = []
     for k in range(_factors(n)):
         for digit, name in enumerate(("keep", "swap")):
-            terms = (
-                f"s{x} * ({_product(x, n, k)})" for x in range(n) if _digit(x, k, n) == digit
-            )
+            terms = (f"s{x} * ({_product(x, n, k)})" for x in range(n) if _digit(x, k, n) == digit)
             yield from assign(f"d{name}{k}", terms)
         yield f"d{k} = keep{k} * swap{k} * (dkeep{k} - dswap{k})"
         grads += [f"d{k}", f"-d{k}"]

@@ -50,10 +50,10 @@ class Unconstrained(Constraint):
         """Entry by entry; see `Constraint.triton`."""
         h, g = (numbered(name, spec.streams * spec.streams) for name in "hg")
         functions = (
-            function("matrix", h, pack("return", h)),
-            function("matrix_backward", [*g, *h], pack("return", g)),
+            function("matrix", h, "H_res[i, j] = h[i n + j].", pack("return", h)),
+            function("matrix_backward", [*g, *h], "The same entries.", pack("return", g)),
         )
-        return "# H_res = h.\n" + "\n\n".join(functions)
+        return "\n\n".join(functions)
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The identity, for either ``init``."""

@@ -14,9 +14,9 @@ def orthogonal_triton(n: int) -> str:
     """Definitions of ``matrix`` and ``matrix_backward``, see `Constraint.triton`."""
     h, g = numbered("h", n * (n - 1) // 2), numbered("g", n * n)
     functions = (
-        function("invert", h, _invert(n)),
-        function("matrix", h, _matrix(h, n)),
-        function("matrix_backward", [*g, *h], _backward(h, n)),
+        function("invert", h, "B by Gauss-Jordan elimination, in place.", _invert(n)),
+        function("matrix", h, "H_res = 2 B - I.", _matrix(h, n)),
+        function("matrix_backward", [*g, *h], "dA = -2 B^T dH B^T.", _backward(h, n)),
     )
     title = "# H_res = (I - A)(I + A)^-1 = 2 B - I with B = (I + A)^-1, A skew-symmetric.\n"
     return title + "\n\n".join(functions)
@@ -49,7 +49,9 @@ def _invert(n: int) -> Iterator[str]:
     rest = [f"({'2.0' if i == j else '0.0'} - e{i * n + j})" for i in range(n) for j in range(n)]
     for i in range(n):
         for j in range(n):
-            yield from assign(f"c{i * n + j}", (f"b{i * n + k} * {rest[k * n + j]}" for k in range(n)))
+            yield from assign(
+                f"c{i * n + j}", (f"b{i * n + k} * {rest[k * n + j]}" for k in range(n))
+            )
     yield from pack("return", numbered("c", n * n))
 
 
@@ -61,7 +63,7 @@ def _matrix(h: list[str], n: int) -> Iterator[str]:
 
 
 def _backward(h: list[str], n: int) -> Iterator[str]:
-    """``dA = -2 B^T dH B^T``, of which the logits are the upper less the lower triangle."""
+    """The gradient of a logit is dA above the diagonal less dA below."""
     yield from call("b = invert", h)
     for i in range(n):
         for j in range(n):

@@ -15,9 +15,19 @@ def permutations_triton(orders: Sequence[Sequence[int]]) -> str:
     n, logits = len(orders[0]), len(orders)
     h, g = numbered("h", logits), numbered("g", n * n)
     functions = (
-        function("softmax", h, _softmax(h)),
-        function("matrix", h, _matrix(h, orders, n)),
-        function("matrix_backward", [*g, *h], _backward(h, orders, n)),
+        function("softmax", h, "The weight of each permutation.", _softmax(h)),
+        function(
+            "matrix",
+            h,
+            "H_res[i, j]: the weights of those that take i to j.",
+            _matrix(h, orders, n),
+        ),
+        function(
+            "matrix_backward",
+            [*g, *h],
+            "Through the sums and the softmax.",
+            _backward(h, orders, n),
+        ),
     )
     title = "# H_res = sum_p softmax(h)_p P_p over all permutations, arXiv 2601.05732.\n"
     return title + "\n\n".join(functions)

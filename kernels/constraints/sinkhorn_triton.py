@@ -16,10 +16,13 @@ from collections.abc import Iterator
 
 from mhc_compile.kernels.cpp.text import column, items, row
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton.text import assign, call, function, largest, loop, numbered, pack
+from mhc_compile.kernels.triton.text import assign, function, largest, loop, numbered, pack
 
 Lines = Iterator[str]
 Indices = list[list[int]]
+_FIRST = "A softmax over columns, the same number as exp and the column step, then the row step."
+_UNDO = "From entries of y = x / sum(x) times their gradients to those of x; and x."
+_AGAIN = "The divisors of one step after the other, made again from the matrix ``base``."
 
 
 def sinkhorn_triton(spec: SiteSpec, start_eps: bool) -> str:
@@ -34,16 +37,22 @@ def sinkhorn_triton(spec: SiteSpec, start_eps: bool) -> str:
     added = eps if start_eps else 0.0
     h, g = numbered("h", n * n), numbered("g", n * n)
     functions = (
-        function("divide_columns", ["m"], _divide(columns, eps)),
-        function("divide_rows", ["m"], _divide(rows, eps)),
-        function("first_steps", ["h"], _first_steps(columns, rows, eps, added)),
-        function("later_steps", ["m", "count"], _later_steps()),
-        function("matrix", h, _matrix(h, spec.iters - 1)),
-        function("undo_columns", ["a", "m", "divisors"], _undo(columns)),
-        function("undo_rows", ["a", "m", "divisors"], _undo(rows)),
-        function("undo_steps", ["a", "base", "count"], _undo_steps()),
-        function("undo_first", ["a", "m", "start"], _undo_first(columns, rows, added)),
-        function("matrix_backward", [*g, *h], _backward(h, n, spec.iters - 1)),
+        function(
+            "divide_columns", ["m"], "Columns over their sums, and these.", _divide(columns, eps)
+        ),
+        function("divide_rows", ["m"], "Rows over their sums, and these.", _divide(rows, eps)),
+        function("first_steps", ["h"], _FIRST, _first_steps(columns, rows, eps, added)),
+        function("later_steps", ["m", "count"], "count times columns, then rows.", _later_steps()),
+        function("matrix", h, "H_res.", _matrix(h, spec.iters - 1)),
+        function("undo_columns", ["a", "m", "divisors"], _UNDO, _undo(columns)),
+        function("undo_rows", ["a", "m", "divisors"], _UNDO, _undo(rows)),
+        function("undo_steps", ["a", "base", "count"], _AGAIN, _undo_steps()),
+        function(
+            "undo_first", ["a", "m", "start"], "To the logits.", _undo_first(columns, rows, added)
+        ),
+        function(
+            "matrix_backward", [*g, *h], "Of the same steps.", _backward(h, n, spec.iters - 1)
+        ),
     )
     title = f"# (19): exp, then {spec.iters} times columns and rows divided by their sums.\n"
     return title + "\n\n".join(functions)
@@ -60,7 +69,6 @@ def _divide(lines: Indices, eps: float) -> Lines:
 
 
 def _first_steps(columns: Indices, rows: Indices, eps: float, added: float) -> Lines:
-    """The first column step is a softmax, the same number without overflow."""
     n = len(rows)
     for j, line in enumerate(columns):
         yield f"top{j} = {largest(items('h', line))}"
@@ -96,7 +104,6 @@ def _matrix(h: list[str], later: int) -> Lines:
 
 
 def _undo(lines: Indices) -> Lines:
-    yield "# From the entries of y = x / sum(x) times their gradients to those of x; and x."
     for i, line in enumerate(lines):
         yield from assign(f"s{i}", items("a", line))
     yield from pack("a =", (f"a[{k}] - m[{k}] * s{i}" for k, i in _entries(lines)))
@@ -105,7 +112,6 @@ def _undo(lines: Indices) -> Lines:
 
 def _undo_steps() -> Lines:
     yield "for k in range(count):"
-    yield "    # The divisors of one step, from the matrix before it."
     yield "    m = later_steps(base, count - 1 - k)"
     yield "    m, by_column = divide_columns(m)"
     yield "    m, by_row = divide_rows(m)"

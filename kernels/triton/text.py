@@ -65,12 +65,6 @@ def call(head: str, arguments: Iterable[str], after: str = "") -> Iterator[str]:
     yield f"){after}"
 
 
-def function(name: str, arguments: Iterable[str], body: Iterable[str]) -> str:
-    """A function that kernels inline, as text."""
-    head = call(f"def {name}", arguments, after=":")
-    return "\n".join(("@triton.jit", *head, *indent(body), ""))
-
-
 def numbered(name: str, count: int) -> list[str]:
     """``name0``, ``name1``, and so on."""
     return [f"{name}{i}" for i in range(count)]
