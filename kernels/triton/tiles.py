@@ -78,7 +78,9 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         return Tile(constants={**width, "BT": 16, "BC": 64}, warps=4)
     products = {"PRECISION": target.precision}
     if kernel.endswith("_backward_streams"):
-        return Tile(constants={**width, "BT": 32, "BC": 32, **products}, warps=4)
+        return Tile(constants={**width, "BT": 16, "BC": 128, **products}, warps=8)
+    if kernel.endswith("_backward_phi"):
+        return Tile(constants={**width, "BT": 32, "BC": 64, **products}, warps=4)
     if kernel.endswith("_scan"):
         constants = {**width, "SLICE": _SLICE, "BT": 64, "BC": 32, **products}
         return Tile(constants=constants, warps=8, stages=2)
