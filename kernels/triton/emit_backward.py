@@ -22,6 +22,7 @@ from mhc_compile.kernels.triton.emit_post import (
 )
 from mhc_compile.kernels.triton.emit_pre import (
     COLUMN,
+    at_phi,
     block_of_channels,
     block_of_tokens,
     group,
@@ -192,8 +193,9 @@ def _load_dz(maps: Maps) -> Iterator[str]:
         yield f"dz{s} = read(work[:, None] + {at}, {inside})"
 
 
-def _at_phi(maps: Maps, j: int) -> str:
-    return f"{f'({j} * C + c)' if j else 'c'}[None, :] * {maps.columns} + m[:, None]"
+def _at_phi_turned(maps: Maps, j: int) -> str:
+    """The columns of phi by channels, for stream ``j``."""
+    return f"m[:, None] + {f'({j} * C + c)' if j else 'c'}[None, :] * {maps.columns}"
 
 
 def _stream(spec: SiteSpec, seam: bool, j: int) -> Iterator[str]:
@@ -218,7 +220,7 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
             s = j % maps.norms
             yield from _stream(spec, seam, j)
             if maps.norms == 1 or j == 0:
-                yield f"phi = read(PHI + {_at_phi(maps, j)}, of_phi)"
+                yield f"phi = read(PHI + {_at_phi_turned(maps, j)}, of_phi)"
             yield f"w{j} = read(work + {maps.saved + j}, there)[:, None]"
             yield f"shrink{j} = read(work + {maps.width + s}, there)[:, None]"
             yield f"g{j} = w{j} * du + shrink{j} * v{j}"
@@ -279,17 +281,17 @@ def _phi(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
         for j in range(n):
             tile = min(j, tiles - 1)
             yield from _stream(spec, seam, j)
-            product = f"tl.trans(dz{j % maps.norms}), v{j}, dphi{tile}"
+            product = f"tl.trans(v{j}), dz{j % maps.norms}, dphi{tile}"
             yield f"dphi{tile} = tl.dot({product}, input_precision=PRECISION)"
 
     body = (
         *_owned_channels(),
         f"m = tl.arange(0, {maps.padded})",
-        *(f"dphi{j} = tl.zeros([{maps.padded}, BC], tl.float32)" for j in range(tiles)),
+        *(f"dphi{j} = tl.zeros([BC, {maps.padded}], tl.float32)" for j in range(tiles)),
         *loop("for start in range(first, last, BT)", step()),
         f"part = DPHI + tl.program_id(1).to(tl.int64) * ({tiles} * C * {maps.columns})",
-        f"of_phi = (m < {maps.columns})[:, None] & inside[None, :]",
-        *(f"tl.store(part + {_at_phi(maps, j)}, dphi{j}, mask=of_phi)" for j in range(tiles)),
+        f"of_phi = inside[:, None] & (m < {maps.columns})[None, :]",
+        *(f"tl.store(part + {at_phi(maps, j)}, dphi{j}, mask=of_phi)" for j in range(tiles)),
     )
     return Kernel(
         name="seam_backward_phi" if seam else f"{maps.prefix}_backward_phi",

@@ -135,18 +135,20 @@ def _start_sums(maps: Maps) -> Iterator[str]:
         yield f"square{s} = tl.zeros([BT, BC], tl.float32)"
 
 
+def at_phi(maps: Maps, j: int) -> str:
+    """Channels by columns of phi, for stream ``j``."""
+    return f"{f'({j} * C + c)' if j else 'c'}[:, None] * {maps.columns} + m[None, :]"
+
+
 def _first_step(spec: SiteSpec, maps: Maps, seam: bool) -> Iterator[str]:
     """Equations (14) and (15) for one step: ``sum += v phi`` and ``square += v^2``."""
     inside = f"(c < C)[:, None] & (m < {maps.columns})[None, :]"
-
-    def load_phi(at: str) -> str:
-        return f"phi = read(PHI + {at}[:, None] * {maps.columns} + m[None, :], {inside})"
 
     yield from block_of_channels(spec.streams)
     if seam:
         yield from load_previous(spec.streams)
     if maps.norms > 1:
-        yield load_phi("c")
+        yield f"phi = read(PHI + {at_phi(maps, 0)}, {inside})"
     for j in range(maps.streams):
         s = j % maps.norms
         if seam:
@@ -154,7 +156,7 @@ def _first_step(spec: SiteSpec, maps: Maps, seam: bool) -> Iterator[str]:
         else:
             yield f"v{j} = read({stream('X + row', j)}, live)"
         if maps.norms == 1:
-            yield load_phi(f"({j} * C + c)" if j else "c")
+            yield f"phi = read(PHI + {at_phi(maps, j)}, {inside})"
         yield f"sum{s} = tl.dot(v{j}, phi, sum{s}, input_precision=PRECISION)"
         yield f"square{s} += v{j} * v{j}"
 
