@@ -1,11 +1,12 @@
 """Text of the backward kernels of ``mhc::pre``, ``mhc::seam`` and the learned collapse.
 
-Two kernels, because the gradients of the logits need sums over all channels first. `..._maps` owns
-BT tokens: it reads the streams and du, and leaves what is a number per token in WORK.
-`..._streams` owns BC channels and walks over tokens, so that its part of the gradient of phi stays
-in registers; it writes the gradients of the streams. The seam makes X' again from X and f in both:
-its streams cost 6 + 15 rows of C per token for n = 4. Sums over slices or programs are left in
-memory and added by a kernel of their own in a fixed order: no atomics.
+Three kernels, because the gradients of the logits need sums over all channels first, and a part of
+the gradient of phi that stays in registers leaves no room for those of the streams. `..._maps` owns
+BT tokens: it reads the streams and du, and leaves what is a number per token in WORK. The other two
+own BC channels and walk over tokens: `..._streams` writes the gradients of the streams and
+`..._phi` that of phi. The seam makes X' again from X and f in each: for n = 4 they move 6, 15 and 5
+rows of C per token. Sums over slices or programs are left in memory and added by a kernel of their
+own in a fixed order: no atomics.
 """
 
 from collections.abc import Iterator
@@ -13,21 +14,21 @@ from collections.abc import Iterator
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit_post import (
-    branch_returned,
     load_mappings,
-    load_streams,
+    load_row,
     products,
-    returned,
     store_streams,
     stream,
 )
 from mhc_compile.kernels.triton.emit_pre import (
     COLUMN,
+    at_phi,
     block_of_channels,
     block_of_tokens,
     group,
     logits,
-    make_next_state,
+    next_stream,
+    load_previous,
     norm_values,
     pre_weights,
 )
@@ -36,15 +37,11 @@ from mhc_compile.kernels.triton.text import Kernel, assign, call, function, loop
 
 
 def backward_kernels(spec: SiteSpec, maps: Maps) -> list[Kernel]:
-    """The two kernels of a read of the streams, for the seam too, and the sums they leave."""
-    kernels = [_maps(spec, maps, seam=False), _streams(spec, maps, seam=False), _sum_maps(maps)]
-    if maps.prefix == "pre":
-        kernels += [
-            _maps(spec, maps, seam=True),
-            _streams(spec, maps, seam=True),
-            _sum_products(spec),
-        ]
-    return kernels
+    """The three kernels of a read of the streams, for the seam too, and the sums they leave."""
+    kernels = [_sum_maps(maps)]
+    for seam in (False, True) if maps.prefix == "pre" else (False,):
+        kernels += [make(spec, maps, seam) for make in (_maps, _streams, _phi)]
+    return [*kernels, _sum_products(spec)] if maps.prefix == "pre" else kernels
 
 
 def product_count(spec: SiteSpec) -> int:
@@ -81,12 +78,15 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
 
     def step() -> Iterator[str]:
         yield from block_of_channels(n)
-        if seam:
-            yield from make_next_state(spec, store=False)
-        else:
-            yield from load_streams(n, "X + row", "v")
         yield "du = read(DU + t[:, None] * C + c[None, :], live)"
-        yield from (f"d{i} += v{i} * du" for i in range(n))
+        if seam:
+            yield from load_previous(n)
+        for i in range(n):
+            if seam:
+                yield from next_stream(spec, i, store=False)
+            else:
+                yield f"v{i} = read({stream('X + row', i)}, live)"
+            yield f"d{i} += v{i} * du"
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
@@ -168,94 +168,139 @@ def _through_affine(maps: Maps) -> Iterator[str]:
             yield f"tl.store(sums + {width + g}, 0.0)"
 
 
+def _walk(seam: bool, n: int) -> Iterator[str]:
+    """The tokens and channels of one step of a program that owns channels."""
+    yield "t = tl.arange(0, BT).to(tl.int64) + start"
+    yield "there = t < last"
+    yield "live = there[:, None] & inside[None, :]"
+    yield f"row = t[:, None] * ({n} * C) + c[None, :]"
+    if seam:
+        yield from load_previous(n)
+
+
+def _owned_channels() -> Iterator[str]:
+    yield "c = tl.program_id(0) * BC + tl.arange(0, BC)"
+    yield "inside = c < C"
+    yield "first = tl.program_id(1) * SPAN"
+    yield "last = tl.minimum(first + SPAN, T)"
+
+
+def _load_dz(maps: Maps) -> Iterator[str]:
+    yield f"work = WORK + t * {maps.work}"
+    inside = f"there[:, None] & (m < {maps.columns})[None, :]"
+    for s in range(maps.norms):
+        at = f"m[None, :] * {maps.norms} + {s}" if maps.norms > 1 else "m[None, :]"
+        yield f"dz{s} = read(work[:, None] + {at}, {inside})"
+
+
+def _at_phi_turned(maps: Maps, j: int) -> str:
+    """The columns of phi by channels, for stream ``j``."""
+    return f"m[:, None] + {f'({j} * C + c)' if j else 'c'}[None, :] * {maps.columns}"
+
+
+def _stream(spec: SiteSpec, seam: bool, j: int) -> Iterator[str]:
+    """Stream ``j`` that was projected, as ``v{j}``."""
+    if seam:
+        yield from load_row(spec, j, "t", COLUMN)
+        yield from next_stream(spec, j, store=False)
+    else:
+        yield f"v{j} = read({stream('X + row', j)}, live)"
+
+
 def _streams(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
-    n, columns, count = spec.streams, maps.columns, product_count(spec)
-    projections = range(1 if maps.norms > 1 else n)  # tiles of phi and of its gradient
-
-    def at_phi(j: int) -> str:
-        return f"({j} * C + c)[None, :] * {columns} + m[:, None]"
-
-    def load_work() -> Iterator[str]:
-        yield f"work = WORK + t * {maps.work}"
-        inside = f"there[:, None] & (m < {columns})[None, :]"
-        for s in range(maps.norms):
-            at = f"m[None, :] * {maps.norms} + {s}" if maps.norms > 1 else "m[None, :]"
-            yield f"dz{s} = read(work[:, None] + {at}, {inside})"
-            yield f"shrink{s} = read(work + {maps.width + s}, there)[:, None]"
-        for i in range(n):
-            yield f"w{i} = read(work + {maps.saved + i}, there)[:, None]"
-
-    def through_phi(j: int) -> Iterator[str]:
-        """The gradient of phi, and the terms of that of stream ``j``, from ``v{j}``."""
-        s, tile = j % maps.norms, min(j, projections[-1])
-        precision = "input_precision=PRECISION"
-        yield f"dphi{tile} = tl.dot(tl.trans(dz{s}), v{j}, dphi{tile}, {precision})"
-        yield f"g{j} = w{j} * du + shrink{s} * v{j} + tl.dot(dz{s}, phi{tile}, {precision})"
+    n, count = spec.streams, product_count(spec)
 
     def step() -> Iterator[str]:
-        yield "t = tl.arange(0, BT).to(tl.int64) + start"
-        yield "there = t < last"
-        yield "live = there[:, None] & inside[None, :]"
-        yield f"row = t[:, None] * ({n} * C) + c[None, :]"
+        yield from _walk(seam, n)
+        yield "du = read(DU + t[:, None] * C + c[None, :], live)"
+        yield from _load_dz(maps)
         if seam:
             yield f"products = PRODUCTS + tl.program_id(0).to(tl.int64) * {count} * T + t"
-            yield from load_mappings(spec, "t", COLUMN)
-            yield from make_next_state(spec, store=False)
-        else:
-            yield from load_streams(n, "X + row", "v")
-        yield from load_work()
-        yield "du = read(DU + t[:, None] * C + c[None, :], live)"
         for j in range(n):
-            yield from through_phi(j)
-            if not seam:
+            s = j % maps.norms
+            yield from _stream(spec, seam, j)
+            if maps.norms == 1 or j == 0:
+                yield f"phi = read(PHI + {_at_phi_turned(maps, j)}, of_phi)"
+            yield f"w{j} = read(work + {maps.saved + j}, there)[:, None]"
+            yield f"shrink{j} = read(work + {maps.width + s}, there)[:, None]"
+            yield f"g{j} = w{j} * du + shrink{j} * v{j}"
+            yield f"g{j} += tl.dot(dz{s}, phi, input_precision=PRECISION)"
+            if seam:
+                yield from through_post(j)
+            else:
                 yield f"tl.store({stream('DX + row', j)}, g{j}, mask=live)"
-                continue
-            yield f"g{j} += read({stream('DY + row', j)}, live)"
-            for name, factor in products(spec, j):
-                number = int(name[1:]) + (count - n if name[0] == "q" else 0)
-                value = f"tl.sum(g{j} * {factor}, 1)"
-                yield f"tl.store(products + {number} * T, {value}, mask=there)"
         if seam:
-            for j in range(n):
-                yield from assign(f"dx{j}", returned(spec, j))
-            yield from store_streams(n, "DX + row", "dx")
-            yield from assign("df", branch_returned(spec))
+            yield from store_streams(n, "DX + row", "dx" if maps.mixes else "g")
             yield "tl.store(DF + t[:, None] * C + c[None, :], df, mask=live)"
 
-    def body() -> Iterator[str]:
-        yield "c = tl.program_id(0) * BC + tl.arange(0, BC)"
-        yield "inside = c < C"
-        yield "first = tl.program_id(1) * SPAN"
-        yield "last = tl.minimum(first + SPAN, T)"
-        yield f"m = tl.arange(0, {maps.padded})"
-        yield f"of_phi = (m < {columns})[:, None] & inside[None, :]"
-        for j in projections:
-            yield f"phi{j} = read(PHI + {at_phi(j)}, of_phi)"
-            yield f"dphi{j} = tl.zeros([{maps.padded}, BC], tl.float32)"
-        yield from loop("for start in range(first, last, BT)", step())
-        size = len(projections)
-        yield f"part = DPHI + tl.program_id(1).to(tl.int64) * ({size} * C * {columns})"
-        for j in projections:
-            yield f"tl.store(part + {at_phi(j)}, dphi{j}, mask=of_phi)"
+    def through_post(j: int) -> Iterator[str]:
+        yield f"g{j} += read({stream('DY + row', j)}, live)"
+        for name, factor in products(spec, j):
+            number = int(name[1:]) + (count - n if name[0] == "q" else 0)
+            value = f"tl.sum(g{j} * {factor}, 1)"
+            yield f"tl.store(products + {number} * T, {value}, mask=there)"
+        add = "+=" if j else "="
+        yield f"df {add} p{j} * g{j}"
+        if maps.mixes:
+            yield from (f"dx{k} {add} r{j * n + k} * g{j}" for k in range(n))
 
+    body = (
+        *_owned_channels(),
+        f"m = tl.arange(0, {maps.padded})",
+        f"of_phi = (m < {maps.columns})[:, None] & inside[None, :]",
+        *loop("for start in range(first, last, BT)", step()),
+    )
     return Kernel(
         name="seam_backward_streams" if seam else f"{maps.prefix}_backward_streams",
         comment=(
-            "dX' += H_pre du + dz phi^T + (its part through the norm), then through X' to X and f.\n"
-            "BC channels of SPAN tokens a program, with its sums for phi, H_res and H_post."
+            "dX' += H_pre du + dz phi^T + (its part through the norm), then on to X and f, with\n"
+            "its products with both. BC channels of SPAN tokens a program."
             if seam
-            else "dX = H_pre du + dz phi^T + (its part through the norm); dphi = X^T dz.\n"
+            else "dX = H_pre du + dz phi^T + (its part through the norm).\n"
             "BC channels of SPAN tokens a program."
         ),
         streams=("DY", "DU", "X", "F", "DX", "DF") if seam else ("DU", "X", "DX"),
         floats=(
             *(("H_POST", "H_RES") if seam else ()),
-            *("PHI", "WORK", "DPHI"),
+            *("PHI", "WORK"),
             *(("PRODUCTS",) if seam else ()),
         ),
         integers=("T", "SPAN"),
         constants=("C", "BT", "BC", "PRECISION"),
-        body=tuple(body()),
+        body=body,
+    )
+
+
+def _phi(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
+    n = spec.streams
+    tiles = 1 if maps.norms > 1 else n  # all streams share one projection, or have one each
+
+    def step() -> Iterator[str]:
+        yield from _walk(seam, n)
+        yield from _load_dz(maps)
+        for j in range(n):
+            tile = min(j, tiles - 1)
+            yield from _stream(spec, seam, j)
+            product = f"tl.trans(v{j}), dz{j % maps.norms}, dphi{tile}"
+            yield f"dphi{tile} = tl.dot({product}, input_precision=PRECISION)"
+
+    body = (
+        *_owned_channels(),
+        f"m = tl.arange(0, {maps.padded})",
+        *(f"dphi{j} = tl.zeros([BC, {maps.padded}], tl.float32)" for j in range(tiles)),
+        *loop("for start in range(first, last, BT)", step()),
+        f"part = DPHI + tl.program_id(1).to(tl.int64) * ({tiles} * C * {maps.columns})",
+        f"of_phi = inside[:, None] & (m < {maps.columns})[None, :]",
+        *(f"tl.store(part + {at_phi(maps, j)}, dphi{j}, mask=of_phi)" for j in range(tiles)),
+    )
+    return Kernel(
+        name="seam_backward_phi" if seam else f"{maps.prefix}_backward_phi",
+        comment="dphi = X^T dz over SPAN tokens. BC channels a program.",
+        streams=("X", "F") if seam else ("X",),
+        floats=(*(("H_POST", "H_RES") if seam else ()), "WORK", "DPHI"),
+        integers=("T", "SPAN"),
+        constants=("C", "BT", "BC", "PRECISION"),
+        body=body,
     )
 
 

@@ -35,16 +35,21 @@ def load_mappings(spec: SiteSpec, token: str, read: str) -> Iterator[str]:
         token: the token's number, as text.
         read: a format with a place for the pointer.
     """
+    for i in range(spec.streams):
+        yield from load_row(spec, i, token, read)
+
+
+def load_row(spec: SiteSpec, i: int, token: str, read: str) -> Iterator[str]:
+    """Of `load_mappings` those that X'_i is made with."""
     n = spec.streams
     post, res = (
         (f"H_POST + {token} * {n}", f"H_RES + {token} * {n * n}")
         if spec.dynamic
         else ("H_POST", "H_RES")
     )
-    for i in range(n):
-        yield f"p{i} = {read.format(f'{post} + {i}')}"
+    yield f"p{i} = {read.format(f'{post} + {i}')}"
     if constraint_of(spec).mixes:
-        for e in range(n * n):
+        for e in range(i * n, i * n + n):
             yield f"r{e} = {read.format(f'{res} + {e}')}"
 
 

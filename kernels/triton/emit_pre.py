@@ -9,13 +9,12 @@ program, and `..._mix` adds the slices' sums in their order.
 
 from collections.abc import Iterator
 
-from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit_post import (
     carried,
     load_mappings,
     load_streams,
-    store_streams,
+    stream,
 )
 from mhc_compile.kernels.triton.maps import Maps, power_of_two
 from mhc_compile.kernels.triton.text import Kernel, assign, call, function, loop
@@ -45,20 +44,21 @@ def block_of_channels(n: int) -> Iterator[str]:
     yield f"row = t[:, None] * ({n} * C) + c[None, :]"
 
 
-def make_next_state(spec: SiteSpec, store: bool) -> Iterator[str]:
-    """X' as float32 tiles ``v0``, ... from X and f, rounded as it is stored.
-
-    The mappings are ``p`` and ``r`` columns; ``x`` tiles and ``f`` stay for later use.
-    """
-    n = spec.streams
+def load_previous(n: int) -> Iterator[str]:
+    """``x`` tiles and ``f``, from which the next state is made."""
     yield from load_streams(n, "X + row", "x")
     yield "f = read(F + t[:, None] * C + c[None, :], live)"
-    for i in range(n):
-        yield from assign(f"y{i}", carried(spec, i))
-        yield f"y{i} = y{i}.to(STREAM)"
+
+
+def next_stream(spec: SiteSpec, i: int, store: bool) -> Iterator[str]:
+    """X'_i as ``v{i}``, rounded as it is stored; the mappings are columns ``p`` and ``r``."""
+    yield from assign(f"y{i}", carried(spec, i))
     if store:
-        yield from store_streams(n, "Y + row", "y")
-    yield from (f"v{i} = y{i}.to(tl.float32)" for i in range(n))
+        yield f"y{i} = y{i}.to(STREAM)"
+        yield f"tl.store({stream('Y + row', i)}, y{i}, mask=live)"
+        yield f"v{i} = y{i}.to(tl.float32)"
+    else:
+        yield f"v{i} = y{i}.to(STREAM).to(tl.float32)"
 
 
 def logits(maps: Maps) -> Iterator[str]:
@@ -135,30 +135,30 @@ def _start_sums(maps: Maps) -> Iterator[str]:
         yield f"square{s} = tl.zeros([BT, BC], tl.float32)"
 
 
-def _add_products(maps: Maps) -> Iterator[str]:
-    """Equations (14) and (15) for one step: ``sum += v phi`` and ``square += v^2``."""
-    inside = f"(c < C)[:, None] & (m < {maps.columns})[None, :]"
-
-    def load_phi(at: str) -> str:
-        return f"phi = read(PHI + {at}[:, None] * {maps.columns} + m[None, :], {inside})"
-
-    if maps.norms > 1:
-        yield load_phi("c")
-    for j in range(maps.streams):
-        s = j % maps.norms
-        if maps.norms == 1:
-            yield load_phi(f"({j} * C + c)" if j else "c")
-        yield f"sum{s} = tl.dot(v{j}, phi, sum{s}, input_precision=PRECISION)"
-        yield f"square{s} += v{j} * v{j}"
+def at_phi(maps: Maps, j: int) -> str:
+    """Channels by columns of phi, for stream ``j``."""
+    return f"{f'({j} * C + c)' if j else 'c'}[:, None] * {maps.columns} + m[None, :]"
 
 
 def _first_step(spec: SiteSpec, maps: Maps, seam: bool) -> Iterator[str]:
+    """Equations (14) and (15) for one step: ``sum += v phi`` and ``square += v^2``."""
+    inside = f"(c < C)[:, None] & (m < {maps.columns})[None, :]"
+
     yield from block_of_channels(spec.streams)
     if seam:
-        yield from make_next_state(spec, store=True)
-    else:
-        yield from load_streams(spec.streams, "X + row", "v")
-    yield from _add_products(maps)
+        yield from load_previous(spec.streams)
+    if maps.norms > 1:
+        yield f"phi = read(PHI + {at_phi(maps, 0)}, {inside})"
+    for j in range(maps.streams):
+        s = j % maps.norms
+        if seam:
+            yield from next_stream(spec, j, store=True)
+        else:
+            yield f"v{j} = read({stream('X + row', j)}, live)"
+        if maps.norms == 1:
+            yield f"phi = read(PHI + {at_phi(maps, j)}, {inside})"
+        yield f"sum{s} = tl.dot(v{j}, phi, sum{s}, input_precision=PRECISION)"
+        yield f"square{s} += v{j} * v{j}"
 
 
 def _store_sums(maps: Maps, base: str, square: str) -> Iterator[str]:

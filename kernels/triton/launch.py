@@ -65,9 +65,9 @@ def pre_backward(
     work, sums = site.work(maps)
     grads = _floats(dh_post, dh_res)
     site.run("pre_backward_maps", X, du, wide_bias, wide_alpha, *_floats(saved), *grads, work, sums)
-    parts, span = site.phi_parts("pre_backward_streams", phi)
-    site.run("pre_backward_streams", du, X, dX, wide_phi, work, parts, span=span)
-    return dX, site.sum_rows(parts, phi), *site.sum_maps(maps, sums, bias, alpha)
+    site.run("pre_backward_streams", du, X, dX, wide_phi, work)
+    dphi = site.phi_gradient("pre_backward_phi", phi, X, work)
+    return dX, dphi, *site.sum_maps(maps, sums, bias, alpha)
 
 
 def seam(
@@ -124,19 +124,14 @@ def seam_backward(
     site.run(
         "seam_backward_maps", X, f, du, *mappings, wide_bias, wide_alpha, *grads, work, sums
     )
-    streams = "seam_backward_streams"
-    parts, span = site.phi_parts(streams, phi)
-    slices = site.blocks(site.channels, streams, "BC")
+    slices = site.blocks(site.channels, "seam_backward_streams", "BC")
     products = site.floats(slices, product_count(spec), site.tokens)
-    site.run(
-        streams,
-        *(dX_next, du, X, f, dX, df, *mappings, wide_phi, work, parts, products),
-        span=span,
-    )
+    streams = (dX_next, du, X, f, dX, df)
+    site.run("seam_backward_streams", *streams, *mappings, wide_phi, work, products)
     dh_post = torch.empty_like(h_post, memory_format=torch.contiguous_format)
     dh_res = h_res.new_empty(h_res.shape) if maps.mixes else h_res.new_zeros(h_res.shape)
     site.run("sum_products", products, dh_post, dh_res, slices=slices)
-    dphi = site.sum_rows(parts, phi)
+    dphi = site.phi_gradient("seam_backward_phi", phi, X, f, *mappings, work)
     return dX, df, dh_post, dh_res, dphi, *site.sum_maps(maps, sums, bias, alpha)
 
 
@@ -214,9 +209,9 @@ def collapse_backward(
     wide_phi, wide_bias, wide_alpha = _floats(phi, bias, alpha)
     work, sums = site.work(maps)
     site.run("head_backward_maps", X, dx, wide_bias, wide_alpha, saved, work, sums)
-    parts, span = site.phi_parts("head_backward_streams", phi)
-    site.run("head_backward_streams", dx, X, dX, wide_phi, work, parts, span=span)
-    return dX, site.sum_rows(parts, phi), *site.sum_maps(maps, sums, bias, alpha)
+    site.run("head_backward_streams", dx, X, dX, wide_phi, work)
+    dphi = site.phi_gradient("head_backward_phi", phi, X, work)
+    return dX, dphi, *site.sum_maps(maps, sums, bias, alpha)
 
 
 def expand(x: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
@@ -271,17 +266,21 @@ class _Site:
         sums = self.floats(programs, maps.width + len(maps.groups))
         return self.floats(self.tokens, maps.work), sums
 
-    def phi_parts(self, kernel: str, phi: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Room for every chunk's part of the gradient of phi, and the chunk's tokens."""
-        chunk = span(self.tokens, self.channels, self.tile(kernel))
-        return self.floats(-(-self.tokens // chunk), *phi.shape), chunk
+    def phi_gradient(self, kernel: str, phi: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        """The gradient of phi: the part of every chunk of tokens, and their sum."""
+        parts = self.floats(-(-self.tokens // self.span(kernel)), *phi.shape)
+        self.run(kernel, *tensors, parts)
+        return self.sum_rows(parts, phi)
+
+    def span(self, kernel: str) -> int:
+        return span(self.tokens, self.channels, self.tile(kernel))
 
     def sum_rows(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """``rows`` ``[r, ...]`` added over r, in the dtype and shape of ``like``."""
         count, columns = rows.shape[0], like.numel()
-        span = int(self.tile("sum_rows").constants["SPAN"])
-        while count > span:
-            fewer = self.floats(-(-count // span), columns)
+        most = int(self.tile("sum_rows").constants["SPAN"])
+        while count > most:
+            fewer = self.floats(-(-count // most), columns)
             self._sum_rows(rows, fewer, count, columns)
             rows, count = fewer, len(fewer)
         total = like.new_empty(like.shape)
@@ -302,18 +301,18 @@ class _Site:
 
     def run(self, kernel: str, *tensors: torch.Tensor, **integers: int) -> None:
         """Run a kernel over all tokens and channels; ``integers`` are those besides T."""
-        grid = tuple(
-            -(-size // step) for size, step in self._extents(kernel, integers.get("span"))
-        )
+        extents = self._extents(kernel)
+        given = {"T": self.tokens, "SPAN": extents[-1][1]}
+        given |= {name.upper(): value for name, value in integers.items()}
         wanted = kernels(self.spec)[kernel].integers
-        given = {"T": self.tokens, **{name.upper(): value for name, value in integers.items()}}
+        grid = tuple(-(-size // step) for size, step in extents)
         self._start(kernel, grid, *tensors, *(given[name] for name in wanted))
 
-    def _extents(self, kernel: str, span: int | None) -> list[tuple[int, int]]:
+    def _extents(self, kernel: str) -> list[tuple[int, int]]:
         """What each axis of a kernel's grid divides, and by what."""
         constants = self.tile(kernel).constants
-        if span is not None:
-            return [(self.channels, int(constants["BC"])), (self.tokens, span)]
+        if kernel.endswith(("_backward_streams", "_backward_phi")):
+            return [(self.channels, int(constants["BC"])), (self.tokens, self.span(kernel))]
         tokens = (self.tokens, int(constants.get("BT", 1)))
         if kernel.endswith("_scan"):
             return [tokens, (self.channels, int(constants["SLICE"]))]

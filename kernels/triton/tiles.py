@@ -78,11 +78,13 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         return Tile(constants={**width, "BT": 16, "BC": 64}, warps=4)
     products = {"PRECISION": target.precision}
     if kernel.endswith("_backward_streams"):
-        return Tile(constants={**width, "BT": 32, "BC": 32, **products}, warps=4)
+        return Tile(constants={**width, "BT": 16, "BC": 128, **products}, warps=8)
+    if kernel.endswith("_backward_phi"):
+        return Tile(constants={**width, "BT": 16, "BC": 64, **products}, warps=4)
     if kernel.endswith("_scan"):
         constants = {**width, "SLICE": _SLICE, "BT": 64, "BC": 32, **products}
         return Tile(constants=constants, warps=8, stages=2)
-    return Tile(constants={**width, "BT": 16, "BC": 64, **products}, warps=4, stages=2)
+    return Tile(constants={**width, "BT": 32, "BC": 32, **products}, warps=4, stages=2)
 
 
 _SLICE = 256
@@ -94,9 +96,9 @@ def one_launch(maps: Maps, channels: int, dtype: torch.dtype, tokens: int, targe
 
     It also takes enough tokens for a program on every processor.
     """
-    tokens_at_once = 16 * _PROGRAMS * target.units
+    tokens_at_once = 32 * _PROGRAMS * target.units
     state = maps.streams * channels * dtype.itemsize
-    return tokens >= 16 * target.units and tokens_at_once * state <= 0.8 * target.cache
+    return tokens >= 32 * target.units and tokens_at_once * state <= 0.8 * target.cache
 
 
 _PROGRAMS = 2
