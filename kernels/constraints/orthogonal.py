@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 
 from mhc_compile.kernels.constraints.base import Constraint
+from mhc_compile.kernels.constraints.orthogonal_triton import orthogonal_triton
 from mhc_compile.kernels.cpp.text import function, total
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -99,6 +100,10 @@ class Orthogonal(Constraint):
                 "matrix_backward(const vec* g, const vec* h, vec* dh)", [*inverse, *left, *back]
             )
         )
+
+    def triton(self, spec: SiteSpec) -> str:
+        """The same elimination; see `Constraint.triton`."""
+        return orthogonal_triton(spec.streams)
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Zero, the identity, for either ``init``; the Jacobian there is -2, not 0."""

@@ -60,8 +60,25 @@ def call(head: str, arguments: Iterable[str], after: str = "") -> Iterator[str]:
         yield line
         return
     yield f"{head}("
-    yield from (f"    {line}" for line in _filled([f"{argument}," for argument in arguments]))
+    words = [f"{argument.removesuffix(',')}," for argument in arguments]
+    yield from (f"    {line}" for line in _filled(words))
     yield f"){after}"
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """``name0``, ``name1``, and so on."""
+    return [f"{name}{i}" for i in range(count)]
+
+
+def pack(head: str, items: Iterable[str]) -> Iterator[str]:
+    """``head (item, item)``, a tuple also of one item, over several lines if it is long."""
+    items = list(items)
+    yield from call(f"{head} ", [f"{items[0]},"] if len(items) == 1 else items)
+
+
+def largest(terms: list[str]) -> str:
+    """The maximum of the terms."""
+    return terms[0] if len(terms) == 1 else f"tl.maximum({terms[0]}, {largest(terms[1:])})"
 
 
 def assign(target: str, terms: Iterable[str]) -> Iterator[str]:
