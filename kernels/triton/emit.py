@@ -50,7 +50,7 @@ def source(spec: SiteSpec, dtype: torch.dtype) -> str:
         for maps in (site_maps(spec), head_maps(spec)):
             functions += [maps_function(spec, maps), maps_backward_function(spec, maps)]
     texts = (kernel.text() for kernel in kernels(spec).values())
-    return "\n\n".join((_head(spec, dtype), *functions, *texts))
+    return "\n\n".join(text for text in (_head(spec, dtype), *functions, *texts) if text)
 
 
 def _head(spec: SiteSpec, dtype: torch.dtype) -> str:

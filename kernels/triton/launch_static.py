@@ -16,8 +16,7 @@ def pre(
     site: Site, X: torch.Tensor, bias: torch.Tensor, shapes: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre``."""
-    h_pre, *results = _mappings(site, bias, shapes)
-    h_post, h_res, saved = results
+    h_pre, (h_post, h_res, saved) = _mappings(site, bias, shapes)
     return read(site, X, h_pre), h_post, h_res, saved
 
 
@@ -52,11 +51,10 @@ def seam(
     shapes: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::seam``."""
-    h_pre, *results = _mappings(site, bias, shapes)
-    next_post, next_res, saved = results
+    h_pre, results = _mappings(site, bias, shapes)
     out, u = X.new_empty(X.shape), X.new_empty((*X.shape[:-2], site.channels))
     site.run("static_seam", X, f, out, u, *floats(h_post, h_res), h_pre)
-    return out, u, next_post, next_res, saved
+    return out, u, *results
 
 
 def seam_backward(
@@ -120,11 +118,11 @@ def head_backward(
 
 def _mappings(
     site: Site, bias: torch.Tensor, shapes: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, ...]:
-    """h_pre, h_post, h_res and the empty saved."""
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """h_pre, then h_post, h_res and the empty saved."""
     h_pre, results = site.room(site.spec.streams), site.mappings(shapes)
     site.start("pre_static_maps", *floats(bias), h_pre, *results[:2])
-    return h_pre, *results
+    return h_pre, results
 
 
 def _weights(site: Site, bias: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,9 @@ class Site:
         """A float32 tensor to be written."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def mappings(self, shapes: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
+    def mappings(
+        self, shapes: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Room for h_post, h_res and saved."""
         h_post, h_res, saved = (self.room(*shape) for shape in shapes)
         if not constraint_of(self.spec).mixes:

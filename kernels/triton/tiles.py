@@ -36,7 +36,7 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         target: where it runs.
     """
     per_warp = target.lanes * vector(dtype)  # channels that one warp covers with wide accesses
-    width = {"C": channels}
+    width: dict[str, int | str] = {"C": channels}
     if kernel in ONE_TOKEN_BLOCKS:
         block = _fitting(channels, per_warp, 4 * per_warp)
         return Tile(constants={**width, "BC": block}, warps=block // per_warp)
