@@ -14,6 +14,7 @@ from mhc_compile.kernels.triton.emit_backward import backward_kernels, maps_back
 from mhc_compile.kernels.triton.emit_ends import end_kernels
 from mhc_compile.kernels.triton.emit_post import post_kernels
 from mhc_compile.kernels.triton.emit_pre import maps_function, pre_kernels
+from mhc_compile.kernels.triton.emit_static import static_kernels
 from mhc_compile.kernels.triton.maps import head_maps, site_maps, vector
 from mhc_compile.kernels.triton.text import Kernel
 
@@ -25,9 +26,11 @@ STREAM_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 def kernels(spec: SiteSpec) -> dict[str, Kernel]:
     """Every kernel of a site, by name."""
     found = [*post_kernels(spec), *end_kernels(spec)]
-    if spec.dynamic:
-        for maps in (site_maps(spec), head_maps(spec)):
+    for maps in (site_maps(spec), head_maps(spec)):
+        if spec.dynamic:
             found += [*pre_kernels(spec, maps), *backward_kernels(spec, maps)]
+        else:
+            found += static_kernels(spec, maps)
     return {kernel.name: kernel for kernel in found}
 
 
@@ -42,13 +45,12 @@ def source(spec: SiteSpec, dtype: torch.dtype) -> str:
     Returns:
         Python text that imports nothing but triton.
     """
-    functions = [_HELPERS]
+    functions = [_HELPERS, constraint_of(spec).triton(spec)]
     if spec.dynamic:
-        functions.append(constraint_of(spec).triton(spec))
         for maps in (site_maps(spec), head_maps(spec)):
             functions += [maps_function(spec, maps), maps_backward_function(spec, maps)]
     texts = (kernel.text() for kernel in kernels(spec).values())
-    return "\n\n".join((_head(spec, dtype), *functions, *texts))
+    return "\n\n".join(text for text in (_head(spec, dtype), *functions, *texts) if text)
 
 
 def _head(spec: SiteSpec, dtype: torch.dtype) -> str:

@@ -26,9 +26,9 @@ from mhc_compile.kernels.triton.emit_pre import (
     block_of_channels,
     block_of_tokens,
     group,
+    load_previous,
     logits,
     next_stream,
-    load_previous,
     norm_values,
     pre_weights,
 )
@@ -56,7 +56,7 @@ def maps_backward_function(spec: SiteSpec, maps: Maps) -> str:
     def body() -> Iterator[str]:
         yield from logits(maps)
         yield from pre_weights(maps)
-        yield from _through_gates(spec, maps)
+        yield from through_gates(spec, maps)
         yield from _through_affine(maps)
 
     dots = [f"d{i}" for i in range(spec.streams)]
@@ -112,7 +112,7 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
     )
 
 
-def _through_gates(spec: SiteSpec, maps: Maps) -> Iterator[str]:
+def through_gates(spec: SiteSpec, maps: Maps) -> Iterator[str]:
     """``dh{m}``, the gradients of the logits."""
     n, tanh = spec.streams, maps.gate == "tanh"
     for i in range(n):

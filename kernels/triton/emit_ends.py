@@ -3,27 +3,20 @@
 from collections.abc import Iterator
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton.emit_post import load_streams, stream
+from mhc_compile.kernels.triton.emit_post import block_of_one_token, load_streams, stream
 from mhc_compile.kernels.triton.text import Kernel, assign, loop
 
 
 def end_kernels(spec: SiteSpec) -> list[Kernel]:
-    """``collapse_mean``, ``collapse_sum`` (also the gradient of expand), ``expand``, ``sum_rows``."""
+    """``collapse_mean``, ``collapse_sum``, ``expand`` and ``sum_rows``."""
     return [_collapse(spec, "mean"), _collapse(spec, "sum"), _expand(spec), _sum_rows()]
-
-
-def _where(n: int) -> Iterator[str]:
-    yield "t = tl.program_id(0).to(tl.int64)"
-    yield "c = tl.program_id(1) * BC + tl.arange(0, BC)"
-    yield "live = c < C"
-    yield f"row = t * ({n} * C) + c"
 
 
 def _collapse(spec: SiteSpec, mode: str) -> Kernel:
     n = spec.streams
 
     def body() -> Iterator[str]:
-        yield from _where(n)
+        yield from block_of_one_token(n)
         yield from load_streams(n, "X + row", "x")
         yield from assign("out", [f"x{i}" for i in range(n)])
         value = f"out / {n}" if mode == "mean" else "out"
@@ -43,7 +36,7 @@ def _expand(spec: SiteSpec) -> Kernel:
     n = spec.streams
 
     def body() -> Iterator[str]:
-        yield from _where(n)
+        yield from block_of_one_token(n)
         yield "x = tl.load(X + t * C + c, mask=live)"
         yield from (f"tl.store({stream('OUT + row', i)}, x, mask=live)" for i in range(n))
 

@@ -88,24 +88,29 @@ def store_streams(n: int, base: str, name: str, live: str = "live") -> Iterator[
         yield f"tl.store({stream(base, j)}, {name}{j}, mask={live})"
 
 
-def store_products(spec: SiteSpec, post: str, res: str, value: str, mask: str = "") -> Iterator[str]:
+def store_products(spec: SiteSpec, post: str, res: str, value: str) -> Iterator[str]:
     """Store the sums of all `products`; ``value`` is a format with a place for the name."""
     n = spec.streams
     for i in range(n):
-        yield f"tl.store({post} + {i}, {value.format(f'q{i}')}{mask})"
+        yield f"tl.store({post} + {i}, {value.format(f'q{i}')})"
     if constraint_of(spec).mixes:
         for e in range(n * n):
-            yield f"tl.store({res} + {e}, {value.format(f's{e}')}{mask})"
+            yield f"tl.store({res} + {e}, {value.format(f's{e}')})"
+
+
+def block_of_one_token(n: int) -> Iterator[str]:
+    """The token and the channels of a program that owns a block of one token."""
+    yield "t = tl.program_id(0).to(tl.int64)"
+    yield "c = tl.program_id(1) * BC + tl.arange(0, BC)"
+    yield "live = c < C"
+    yield f"row = t * ({n} * C) + c"
 
 
 def _post(spec: SiteSpec) -> Kernel:
     n = spec.streams
 
     def body() -> Iterator[str]:
-        yield "t = tl.program_id(0).to(tl.int64)"
-        yield "c = tl.program_id(1) * BC + tl.arange(0, BC)"
-        yield "live = c < C"
-        yield f"row = t * ({n} * C) + c"
+        yield from block_of_one_token(n)
         yield from load_streams(n, "X + row", "x")
         yield "f = read(F + t * C + c, live)"
         yield from load_mappings(spec, "t", "tl.load({})")

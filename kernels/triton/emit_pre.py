@@ -1,10 +1,10 @@
 """Text of the kernels of ``mhc::pre``, ``mhc::seam`` and the learned collapse, forward.
 
-A program owns BT tokens. The first pass over the channels makes the products with phi and the norm;
-then coefficients are computed on vectors over tokens; the second pass reads the streams again, which
-the caches still hold if few tokens are in flight. Where they would not, or where tokens are too few
-to fill a GPU, the two passes are two kernels: `..._scan` takes one slice of the channels a
-program, and `..._mix` adds the slices' sums in their order.
+A program owns BT tokens. The first pass over the channels makes the products with phi and the
+norm; then coefficients are computed on vectors over tokens; the second pass reads the streams
+again, which the caches still hold if few tokens are in flight. Where they would not, or where
+tokens are too few to fill a GPU, the two passes are two kernels: `..._scan` takes one slice of the
+channels a program, and `..._mix` adds the slices' sums in their order.
 """
 
 from collections.abc import Iterator
@@ -100,27 +100,33 @@ def pre_weights(maps: Maps) -> Iterator[str]:
 
 def maps_function(spec: SiteSpec, maps: Maps) -> str:
     """The function from z and 1/r of some tokens to their mappings, (16) to (19)."""
-    n, head = spec.streams, maps.prefix == "head"
-
-    def body() -> Iterator[str]:
-        yield from logits(maps)
-        yield from pre_weights(maps)
-        for i in range(0 if head else n):
-            gate = f"h{n + i}" if maps.gate == "tanh" else f"2.0 * tl.sigmoid(h{n + i})"
-            yield f"tl.store(NEXT_POST + t * {n} + {i}, {gate}, mask=there)"
-        if maps.mixes:
-            given = [f"h{m}" for m in range(2 * n, maps.width)]
-            yield from call("res = matrix", given)
-            for e in range(n * n):
-                yield f"tl.store(NEXT_RES + t * {n * n} + {e}, res[{e}], mask=there)"
-        yield f"return {', '.join(f'w{i}' for i in range(n))}{',' * (n == 1)}"
-
+    n = spec.streams
+    weights = ", ".join(f"w{i}" for i in range(n))
     return function(
         f"{maps.prefix}_maps",
         [*_maps_arguments(maps), "t", "there"],
         "(16) to (19), vectors over tokens; returns H_pre.",
-        body(),
+        [
+            *logits(maps),
+            *pre_weights(maps),
+            *store_mappings(spec, maps),
+            f"return ({weights},)" if n == 1 else f"return {weights}",
+        ],
     )
+
+
+def store_mappings(spec: SiteSpec, maps: Maps) -> Iterator[str]:
+    """Equations (18) and (19): H_post and H_res from the logits; a head has neither."""
+    n = spec.streams
+    if maps.prefix == "head":
+        return
+    for i in range(n):
+        gate = f"h{n + i}" if maps.gate == "tanh" else f"2.0 * tl.sigmoid(h{n + i})"
+        yield f"tl.store(NEXT_POST + t * {n} + {i}, {gate}, mask=there)"
+    if maps.mixes:
+        yield from call("res = matrix", [f"h{m}" for m in range(2 * n, maps.width)])
+        for e in range(n * n):
+            yield f"tl.store(NEXT_RES + t * {n * n} + {e}, res[{e}], mask=there)"
 
 
 def _maps_arguments(maps: Maps) -> tuple[str, ...]:

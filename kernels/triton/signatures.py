@@ -5,7 +5,8 @@ import torch
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit import kernels
 from mhc_compile.kernels.triton.maps import maps_of
-from mhc_compile.kernels.triton.tiles import TARGETS, tile
+from mhc_compile.kernels.triton.targets import TARGETS
+from mhc_compile.kernels.triton.tiles import tile
 
 STREAM_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -13,9 +14,7 @@ Variant = tuple[str, dict[str, str], dict[str, int | str], dict[str, int | bool]
 """A kernel's name, the types of its run-time arguments, its constants, its compile options."""
 
 
-def aot_variants(
-    spec: SiteSpec, dtype: torch.dtype, channels: int, target: str
-) -> list[Variant]:
+def aot_variants(spec: SiteSpec, dtype: torch.dtype, channels: int, target: str) -> list[Variant]:
     """Every kernel of a site as it is launched.
 
     Args:

@@ -8,35 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mhc_compile.kernels.triton.maps import Maps, vector
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """What the rules ask of a GPU."""
-
-    name: str
-    lanes: int
-    """Threads per warp."""
-    units: int
-    """Processors that run one program each, or a few."""
-    cache: int
-    """Bytes of the last cache before memory."""
-    precision: str
-    """Of products of float32 tiles: "tf32" where the target has it, else "ieee"."""
-
-
-_MIB = 1 << 20
-TARGETS = {
-    target.name: target
-    for target in (
-        Target(name="sm_80", lanes=32, units=108, cache=40 * _MIB, precision="tf32"),
-        Target(name="sm_90", lanes=32, units=132, cache=50 * _MIB, precision="tf32"),
-        Target(name="sm_100", lanes=32, units=148, cache=126 * _MIB, precision="tf32"),
-        Target(name="gfx942", lanes=64, units=304, cache=256 * _MIB, precision="ieee"),
-        Target(name="gfx950", lanes=64, units=256, cache=256 * _MIB, precision="ieee"),
-    )
-}
-"""The targets that kernels are checked for."""
+from mhc_compile.kernels.triton.targets import Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +19,10 @@ class Tile:
     """Values of its ``tl.constexpr`` arguments."""
     warps: int
     stages: int = 1
+
+
+ONE_TOKEN_BLOCKS = ("post", "expand", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
+"""Kernels whose programs own a block of the channels of one token."""
 
 
 def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Target) -> Tile:
@@ -60,11 +36,13 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         target: where it runs.
     """
     per_warp = target.lanes * vector(dtype)  # channels that one warp covers with wide accesses
-    width = {"C": channels}
-    if kernel in ("post", "expand", "collapse_mean", "collapse_sum"):
+    width: dict[str, int | str] = {"C": channels}
+    if kernel in ONE_TOKEN_BLOCKS:
         block = _fitting(channels, per_warp, 4 * per_warp)
         return Tile(constants={**width, "BC": block}, warps=block // per_warp)
-    if kernel == "post_backward":
+    if "_static_maps" in kernel:
+        return Tile(constants={}, warps=1)
+    if kernel in ("post_backward", "static_pre_backward", "static_seam_backward"):
         return Tile(constants={**width, "BC": per_warp}, warps=1)
     if kernel == "sum_rows":
         return Tile(constants={"SPAN": 1024, "BR": 32, "BK": 64}, warps=4)
