@@ -23,7 +23,7 @@ from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit import source
 from mhc_compile.kernels.triton.load import load
 from mhc_compile.kernels.triton.signatures import Variant, aot_variants
-from mhc_compile.kernels.triton.tiles import TARGETS
+from mhc_compile.kernels.triton.targets import TARGETS
 
 _BF16_ARITHMETIC = re.compile(
     r"(?:arith\.(?:add|sub|mul|div|rem|neg|maximum|minimum|maxnum|minnum)f|math\.\w+) .*"
@@ -162,7 +162,10 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, list[tuple[str, int]]]:
 def _read_amd(compiled: Any) -> tuple[int, int, list[tuple[str, int]]]:
     """As `_read_nvidia`."""
     text = compiled.asm["amdgcn"]
-    found = [re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size")]
+    found = [
+        re.search(rf"\.{name}:\s+(\d+)", text)
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    ]
     registers, spills = (int(match[1]) for match in found if match is not None)
     accesses = []
     for kind, name in _AMD_ACCESS.findall(text):
