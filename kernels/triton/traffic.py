@@ -29,8 +29,9 @@ _FORMS = {
     ),
     "collapse": ("collapse_mean", "collapse_sum"),
     "learned collapse": ("head", "head_scan head_mix", "static_pre"),
-    "learned collapse backward": (
-        "head_backward_maps head_backward_streams head_backward_phi",
+    "learned collapse backward": (  # z and 1/r are made again
+        "head head_backward_maps head_backward_streams head_backward_phi",
+        "head_scan head_mix head_backward_maps head_backward_streams head_backward_phi",
         "static_pre_backward",
     ),
 }

@@ -71,3 +71,14 @@ def narrow_copy(x, y, width, B: tl.constexpr):
     at = tl.arange(0, B)
     row = tl.program_id(0) * width
     tl.store(y + row + at, tl.load(x + row + at, mask=at < width), mask=at < width)
+
+
+@triton.jit
+def many_at_once(x, y, B: tl.constexpr):
+    """Everything is loaded before anything is stored."""
+    at = tl.arange(0, B)
+    a = tl.load(x + at)
+    b = tl.load(x + B + at)
+    tl.debug_barrier()
+    tl.store(y + at, a * b)
+    tl.store(y + B + at, a - b)
