@@ -17,14 +17,20 @@ from mhc_compile.convert import explain
 from mhc_compile.dump import write_dump
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.inspection import trace_stages
+from mhc_compile.memory import memory_plan
 from mhc_compile.render import progress, show, show_error
-from mhc_compile.tables import report_tables, summary_line, verify_tables
+from mhc_compile.tables import memory_tables, report_tables, summary_line, verify_tables
 from mhc_compile.targets import Built, build_target, parse_settings
 from mhc_compile.verify import verify
 
 _TARGET_HELP = """\
 package.module:function or file.py:function (returns (model, args) or (model, args, kwargs)),
 hf:MODEL_TYPE (a small transformers model), timm:NAME; random weights, nothing is downloaded"""
+
+
+def _setting(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
 
 # Flag -> field of MHCConfig. What a value may be is for MHCConfig to say.
 _CONFIG_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
@@ -34,6 +40,7 @@ _CONFIG_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "--sinkhorn-eps": ("sinkhorn_eps", float, "added to Sinkhorn divisors"),
     "--pre-eps": ("pre_eps", float, "added to the gate of H_pre"),
     "--norm-eps": ("norm_eps", float, "inside the root of the RMS norm"),
+    "--recompute": ("recompute", _setting, "auto, off, or sites per block"),
     "--collapse": ("collapse", str, "how the streams become one again"),
     "--init": ("init", str, "initialisation of the new parameters"),
 }
@@ -64,10 +71,11 @@ def _explain(options: argparse.Namespace) -> int:
         model, args, kwargs = _build(options, tell)
         tell("looking for residual sites")
         report = explain(model, *args, config=_config(options), **kwargs)
+    plan = memory_plan(report) if options.memory else None
     if options.json:
-        print(report.to_json())
+        print((plan or report).to_json())
     else:
-        tables = report_tables(report, every_add=options.all)
+        tables = memory_tables(plan) if plan else report_tables(report, every_add=options.all)
         show(summary_line(report), tables, report.notes)
     return _require_match(options, found=bool(report.converted))
 
@@ -128,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = _verb(verbs, "explain", _explain, "list residual sites, trunks and other adds")
     listing.add_argument("--all", action="store_true", help="list every other add, not examples")
+
+    listing.add_argument(
+        "--memory", action="store_true", help="what each trunk keeps for the backward, instead"
+    )
 
     dump = _verb(verbs, "dump", _dump, "write the graphs before and after each pass")
     dump.add_argument("--out", type=Path, default=Path("mhc_dump"), help="folder (%(default)s)")
