@@ -15,7 +15,7 @@ def kronecker_triton(n: int) -> str:
         function("matrix", h, "H_res[i, j] = v[i ^ j].", _matrix(n)),
         function("matrix_backward", [*g, *h], "Through v and its factors.", _backward(n)),
     )
-    title = "# v is the product of all softmax(h_k), each of one weight to keep and one to swap; arXiv 2601.21579.\n"
+    title = "# v: the product of all softmax(h_k), weights to keep and to swap; arXiv 2601.21579.\n"
     return title + "\n\n".join(functions)
 
 
