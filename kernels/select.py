@@ -10,7 +10,7 @@ import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels.cpp import launch as cpp_launch
-from mhc_compile.kernels.cpp.select import build_failure, obstacle
+from mhc_compile.kernels.cpp.select import build_failure, obstacle, parts
 from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -101,8 +101,35 @@ class Launcher(Protocol):
     ) -> SeamGradients:
         """``mhc::seam_backward``."""
 
-    def collapse(self, X: torch.Tensor, mode: str, spec: SiteSpec) -> torch.Tensor:
-        """``mhc::collapse`` with ``mode`` "mean" or "sum"."""
+    def collapse(
+        self,
+        X: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        alpha: torch.Tensor | None,
+        mode: str,
+        spec: SiteSpec,
+    ) -> torch.Tensor:
+        """``mhc::collapse``."""
+
+    def collapse_backward(
+        self,
+        dx: torch.Tensor,
+        X: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor,
+        alpha: torch.Tensor | None,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::collapse_backward``."""
+
+    def sinkhorn(self, logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+        """``mhc::sinkhorn``."""
+
+    def sinkhorn_backward(
+        self, grad: torch.Tensor, logits: torch.Tensor, spec: SiteSpec
+    ) -> torch.Tensor:
+        """``mhc::sinkhorn_backward``."""
 
 
 def launcher(
@@ -130,7 +157,8 @@ def launcher(
     if spec.kernels == "reference":
         return None
     reason = obstacle(spec, X, *tensors, branch=branch)
-    failure = None if reason else build_failure(spec, X.dtype)
+    learned = any(tensor is not None for tensor in tensors)
+    failure = None if reason else build_failure(spec, X.dtype, parts(op, spec, learned))
     if reason is None and failure is None:
         return cpp_launch
     if spec.kernels == "cpp":

@@ -16,7 +16,7 @@ import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels import select
-from mhc_compile.kernels.cpp import build, launch
+from mhc_compile.kernels.cpp import build, call
 from mhc_compile.kernels.cpp.select import build_failure, obstacle
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -28,7 +28,7 @@ ANSWER = 'extern "C" int answer() { return 42; }\n'
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a process that has loaded nothing yet."""
     monkeypatch.setenv("MHC_COMPILE_CACHE", str(tmp_path / "cache"))
-    memos = (build.load, build_failure, launch.library, select._warn, select._log)
+    memos = (build.load, build_failure, call.library, select._warn, select._log)
     for memo in memos:
         memo.cache_clear()
     yield tmp_path / "cache"
@@ -175,6 +175,6 @@ def test_narrower_vectors_compute_the_same(processor: str, monkeypatch: pytest.M
 
 def test_libraries_are_loaded_once_per_process() -> None:
     spec = SiteSpec(streams=2, constraint="identity")
-    built = launch.library(spec, torch.float32)
+    built = call.library(spec, torch.float32)
     assert isinstance(built, ctypes.CDLL)
-    assert launch.library(spec, torch.float32) is built
+    assert call.library(spec, torch.float32) is built

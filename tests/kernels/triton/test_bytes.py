@@ -1,7 +1,5 @@
 """The bytes that each kernel moves, counted in the interpreter: rows of C per token for n = 4."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -25,9 +23,9 @@ STATIC = {"static_seam": 10, "static_seam_backward": 15, "static_pre": 5, "stati
 
 
 @pytest.fixture(params=[True, False], ids=["one launch", "scan and mix"])
-def one_launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+def one_launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(site, "one_launch", lambda *_: request.param)
-    yield request.param
+    return bool(request.param)
 
 
 def _rows(seam: Seam) -> dict[str, float]:
