@@ -7,6 +7,7 @@ the same bytes for the same report.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mhc_compile.memory import MemoryPlan
 from mhc_compile.report import Report, Site
 from mhc_compile.verify import VerifyReport
 
@@ -136,6 +137,40 @@ def _rejected(report: Report, every_add: bool) -> Table:
 
 def _shape(shape: Sequence[int | str]) -> str:
     return "x".join(map(str, shape))
+
+
+def memory_tables(plan: MemoryPlan) -> list[Table]:
+    """What `mhc_compile.memory.memory_plan` found, in MiB."""
+    rows = [
+        (
+            str(trunk.index),
+            str(trunk.sites),
+            f"{trunk.blocks} of {trunk.block}" if trunk.block else "none",
+            *(
+                _mebibytes(size)
+                for size in (
+                    trunk.states,
+                    trunk.branches,
+                    trunk.mappings,
+                    trunk.kept,
+                    trunk.peak,
+                    trunk.without,
+                )
+            ),
+            f"{trunk.rows} rows",
+        )
+        for trunk in plan.trunks
+    ]
+    columns = (
+        "trunk", "sites", "blocks", "states", "branch outputs", "mappings at most", "kept", "peak",
+        "kept without", "replayed",
+    )  # fmt: skip
+    title = f"Kept for the backward beside the branches' own, MiB (recompute={plan.recompute})"
+    return [Table(title=title, columns=columns, rows=tuple(rows))] if rows else []
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.2f}"
 
 
 def verify_tables(report: VerifyReport) -> list[Table]:

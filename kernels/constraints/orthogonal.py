@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from mhc_compile.kernels.constraints.base import Constraint
+from mhc_compile.kernels.constraints.orthogonal_triton import orthogonal_triton
 from mhc_compile.kernels.cpp.text import block, each, entry, function, row
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -102,6 +103,10 @@ class Orthogonal(Constraint):
             + function("matrix(const vec* h, vec* out)", [*inverse, *entries])
             + function("matrix_backward(const vec* g, const vec* h, vec* dh)", [*inverse, *back])
         )
+
+    def triton(self, spec: SiteSpec) -> str:
+        """The same elimination; see `Constraint.triton`."""
+        return orthogonal_triton(spec.streams)
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Zero, the identity, for either ``init``; the Jacobian there is -2, not 0."""

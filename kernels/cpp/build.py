@@ -45,6 +45,16 @@ def load(source: str) -> ctypes.CDLL:
         ) from error
 
 
+def library_of(source: str) -> tuple[Path, tuple[str, ...]]:
+    """The file of the library compiled from ``source``, and the compiler with its flags.
+
+    Raises:
+        KernelError: as `load`.
+    """
+    compiler = _compiler()
+    return _built(source), (compiler, *_FLAGS, *_openmp(compiler).split())
+
+
 def cache_directory() -> Path:
     """Where built libraries are kept."""
     if "MHC_COMPILE_CACHE" in os.environ:
