@@ -162,23 +162,20 @@ def post_backward(
     return dX, df, dh_post, dh_res
 
 
-def collapse(X: torch.Tensor, mode: str, spec: SiteSpec) -> torch.Tensor:
-    """``mhc::collapse`` with ``mode`` "mean" or "sum"."""
-    site = Site(spec, X)
-    out = X.new_empty((*X.shape[:-2], site.channels))
-    site.run(f"collapse_{mode}", X, out)
-    return out
-
-
-def collapse_learned(
+def collapse(
     X: torch.Tensor,
     phi: torch.Tensor | None,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     alpha: torch.Tensor | None,
+    mode: str,
     spec: SiteSpec,
 ) -> torch.Tensor:
-    """``mhc::collapse`` with a learned head."""
+    """``mhc::collapse``."""
     site = Site(spec, X)
+    if bias is None:
+        out = X.new_empty((*X.shape[:-2], site.channels))
+        site.run(f"collapse_{mode}", X, out)
+        return out
     if phi is None or alpha is None:
         return launch_static.read(site, X, launch_static.head_weights(site, bias))
     return _head(site, X, phi, bias, alpha)[0]
