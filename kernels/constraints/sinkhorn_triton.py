@@ -14,9 +14,18 @@ their number, from a matrix kept at the begin of the span. Twenty iterations cos
 import math
 from collections.abc import Iterator
 
-from mhc_compile.kernels.cpp.text import column, items, row
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton.text import assign, function, largest, loop, numbered, pack
+from mhc_compile.kernels.triton.text import (
+    assign,
+    column,
+    function,
+    items,
+    largest,
+    loop,
+    numbered,
+    pack,
+    row,
+)
 
 Lines = Iterator[str]
 Indices = list[list[int]]

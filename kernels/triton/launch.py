@@ -1,4 +1,4 @@
-"""The generated kernels called with tensors.
+"""The generated kernels called with tensors: a `mhc_compile.kernels.select.Launcher`.
 
 Results have the shapes and dtypes of the ops' own bodies. Callers have asked `obstacle` before:
 the state is ``[..., n, C]`` in a dtype of `STREAM_TYPES`, on a device that Triton serves, or on the
@@ -14,8 +14,22 @@ from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch_static
 from mhc_compile.kernels.triton.emit_backward import product_count
+from mhc_compile.kernels.triton.launch_matrix import sinkhorn, sinkhorn_backward
 from mhc_compile.kernels.triton.maps import head_maps, site_maps
 from mhc_compile.kernels.triton.site import Site, floats
+
+__all__ = [
+    "collapse",
+    "collapse_backward",
+    "post",
+    "post_backward",
+    "pre",
+    "pre_backward",
+    "seam",
+    "seam_backward",
+    "sinkhorn",
+    "sinkhorn_backward",
+]
 
 
 def pre(
@@ -162,23 +176,20 @@ def post_backward(
     return dX, df, dh_post, dh_res
 
 
-def collapse(X: torch.Tensor, mode: str, spec: SiteSpec) -> torch.Tensor:
-    """``mhc::collapse`` with ``mode`` "mean" or "sum"."""
-    site = Site(spec, X)
-    out = X.new_empty((*X.shape[:-2], site.channels))
-    site.run(f"collapse_{mode}", X, out)
-    return out
-
-
-def collapse_learned(
+def collapse(
     X: torch.Tensor,
     phi: torch.Tensor | None,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     alpha: torch.Tensor | None,
+    mode: str,
     spec: SiteSpec,
 ) -> torch.Tensor:
-    """``mhc::collapse`` with a learned head."""
+    """``mhc::collapse``."""
     site = Site(spec, X)
+    if bias is None:
+        out = X.new_empty((*X.shape[:-2], site.channels))
+        site.run(f"collapse_{mode}", X, out)
+        return out
     if phi is None or alpha is None:
         return launch_static.read(site, X, launch_static.head_weights(site, bias))
     return _head(site, X, phi, bias, alpha)[0]

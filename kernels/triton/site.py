@@ -135,7 +135,7 @@ class Site:
     def _start(self, kernel: str, grid: tuple[int, ...], *arguments: torch.Tensor | int) -> None:
         chosen = self.tile(kernel)
         dense = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
-        with _on(self.device):
+        with on_device(self.device):
             getattr(self.module, kernel)[grid](
                 *dense,
                 **chosen.constants,
@@ -145,8 +145,9 @@ class Site:
             )
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "cpu":  # interpreted
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` the current one, where kernels are started; the CPU interprets them."""
+    if device.type == "cpu":
         return contextlib.nullcontext()
     return torch.accelerator.device_index(device.index)
 

@@ -85,7 +85,7 @@ def test_the_ends_move_each_stream_element_once() -> None:
 
     spec, X = SiteSpec(streams=4), torch.randn(TOKENS, 4, CHANNELS)
     with Meter() as meter:
-        launch.collapse(X, "mean", spec)
+        launch.collapse(X, None, None, None, "mean", spec)
         launch.expand(X[:, 0].contiguous(), spec)
     meter.check()
     row = TOKENS * CHANNELS * 4

@@ -111,7 +111,7 @@ def test_a_learned_collapse_follows_float64(dynamic: bool) -> None:
     phi = torch.randn(800, 4) / 800**0.5 if dynamic else None
     alpha = torch.randn(1) if dynamic else None
     exact = exact_head((X, phi, bias, alpha), grad, spec)
-    out = launch.collapse_learned(X, phi, bias, alpha, spec)
+    out = launch.collapse(X, phi, bias, alpha, "learned", spec)
     grads = launch.collapse_backward(grad, X, phi, bias, alpha, spec)
     found = [out, *(g for g in grads if g.numel())]
     assert [error(a, b) <= 1e-5 for a, b in zip(found, exact, strict=True)] == [True] * len(exact)
@@ -121,7 +121,7 @@ def test_a_learned_collapse_follows_float64(dynamic: bool) -> None:
 def test_collapse_is_rounded_once_and_expand_copies(n: int) -> None:
     spec, X = SiteSpec(streams=n), torch.randn(2, 5, n, 129).bfloat16()
     for mode, exact in (("mean", X.double().mean(-2)), ("sum", X.double().sum(-2))):
-        found = launch.collapse(X, mode, spec)
+        found = launch.collapse(X, None, None, None, mode, spec)
         assert error(found, exact) <= 1.01 * error(exact.bfloat16(), exact)
     x = X[..., 0, :]
     assert torch.equal(launch.expand(x, spec), x[..., None, :].expand_as(X))
