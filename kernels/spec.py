@@ -15,7 +15,7 @@ from mhc_compile.errors import KernelError
 MAX_STREAMS = 16
 """Largest number of residual streams."""
 
-KERNELS = ("auto", "cpp", "reference")
+KERNELS = ("auto", "triton", "cpp", "reference")
 """What can compute the ops: the fastest that can, generated C++ or nothing else, plain torch."""
 
 

@@ -13,7 +13,7 @@ Collapse = Literal["mean", "sum", "learned"]
 Init = Literal["preserve", "paper"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 OnEager = Literal["raise", "warn", "ignore"]
-Kernels = Literal["auto", "cpp", "reference"]
+Kernels = Literal["auto", "triton", "cpp", "reference"]
 _CHOICES = {
     "collapse": Collapse,
     "init": Init,
