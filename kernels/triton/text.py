@@ -91,21 +91,6 @@ def pack(head: str, values: Iterable[str]) -> Iterator[str]:
     yield from call(f"{head} ", [f"{values[0]},"] if len(values) == 1 else values)
 
 
-def row(i: int, n: int) -> list[int]:
-    """Flat indices of row ``i`` of an n x n matrix, row-major."""
-    return [i * n + j for j in range(n)]
-
-
-def column(j: int, n: int) -> list[int]:
-    """Flat indices of column ``j`` of an n x n matrix, row-major."""
-    return [i * n + j for i in range(n)]
-
-
-def items(name: str, indices: Iterable[int]) -> list[str]:
-    """``name[i]`` for each index."""
-    return [f"{name}[{i}]" for i in indices]
-
-
 def largest(terms: list[str]) -> str:
     """The maximum of the terms."""
     return terms[0] if len(terms) == 1 else f"tl.maximum({terms[0]}, {largest(terms[1:])})"
