@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 import mhc_compile
+from benchmarks.gpt import GPT, VOCABULARY
+from benchmarks.timing import machine
 from mhc_compile.memory import memory_plan
 
 STREAMS = 4
@@ -48,51 +49,12 @@ class Row:
     """Median seconds of a step."""
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block: two sites."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = width // 64
-        self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, C] to [B, T, C]."""
-        batch, tokens, width = x.shape
-        q, k, v = (
-            part.reshape(batch, tokens, self.heads, -1).transpose(1, 2)
-            for part in self.qkv(self.norm(x)).chunk(3, -1)
-        )
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """Embedding, blocks, norm and head; ``checkpointed`` wraps every block."""
-
-    def __init__(self, layers: int, width: int, *, checkpointed: bool = False) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(256, width), nn.Linear(width, 256)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
-        self.norm, self.checkpointed = nn.LayerNorm(width), checkpointed
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T] to [B, T, 256]."""
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
-        return self.head(self.norm(x))
-
-
 class _Variant:
     """A compiled model and its training step."""
 
     def __init__(self, name: str, layers: int, width: int, tokens: int) -> None:
         torch.manual_seed(0)
-        self.tokens = torch.randint(256, (1, tokens))
+        self.tokens = torch.randint(VOCABULARY, (1, tokens))
         self.model = GPT(layers, width, checkpointed=name == "checkpoint")
         self.planned = 0
         if name in ("off", "auto"):
@@ -136,7 +98,7 @@ def peak(name: str, layers: int, width: int, tokens: int) -> float:
     torch.set_num_threads(1)
     variant = _Variant(name, layers, width, min(tokens, 128))
     variant.step()  # compiles, for any length
-    variant.tokens = torch.randint(256, (1, tokens))
+    variant.tokens = torch.randint(VOCABULARY, (1, tokens))
     torch._dynamo.mark_dynamic(variant.tokens, 1)
     highest, done = 0.0, threading.Event()
 
@@ -223,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     console.print(table)
     if options.json is not None:
-        content = {"torch": torch.__version__, "threads": 1, "streams": STREAMS}
-        content |= {"width": options.width, "tokens": options.tokens}
-        result = {"machine": content, "rows": [asdict(row) for row in rows]}
+        setting = {"streams": STREAMS, "width": options.width, "tokens": options.tokens}
+        found = [asdict(row) for row in rows]
+        result = {"machine": machine(), "setting": setting, "rows": found}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

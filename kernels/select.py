@@ -13,6 +13,8 @@ from mhc_compile.kernels.cpp import launch as cpp_launch
 from mhc_compile.kernels.cpp.select import build_failure, obstacle, parts
 from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton import launch as triton_launch
+from mhc_compile.kernels.triton.select import obstacle as triton_obstacle
 
 _LOG = logging.getLogger(__name__)
 
@@ -152,25 +154,33 @@ def launcher(
         branch: the branch output, which must not be rounded before it is added.
 
     Raises:
-        KernelError: ``spec.kernels`` is "cpp" and the C++ cannot run it; says why.
+        KernelError: ``spec.kernels`` is "cpp" or "triton" and those cannot run it; says why.
     """
     if spec.kernels == "reference":
         return None
+    if spec.kernels == "triton":
+        if reason := triton_obstacle(spec, X, *tensors, branch=branch):
+            raise _cannot(op, "triton", reason)
+        return triton_launch
     reason = obstacle(spec, X, *tensors, branch=branch)
     learned = any(tensor is not None for tensor in tensors)
     failure = None if reason else build_failure(spec, X.dtype, parts(op, spec, learned))
     if reason is None and failure is None:
         return cpp_launch
     if spec.kernels == "cpp":
-        raise KernelError(
-            f"{op}: kernels='cpp' cannot run this site: {reason or failure}; use "
-            "kernels='auto' to have the torch reference in such cases"
-        )
+        raise _cannot(op, "cpp", reason or failure)
     if failure is None:
         _log(f"{op} runs as plain torch: {reason}")
     else:
         _warn(f"mhc ops run as plain torch, which is slower: {failure}")
     return None
+
+
+def _cannot(op: str, kernels: str, reason: str | None) -> KernelError:
+    return KernelError(
+        f"{op}: kernels={kernels!r} cannot run this site: {reason}; use kernels='auto' to have the "
+        "torch reference in such cases"
+    )
 
 
 @cache  # once each

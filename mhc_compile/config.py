@@ -13,7 +13,7 @@ Collapse = Literal["mean", "sum", "learned"]
 Init = Literal["preserve", "paper"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 OnEager = Literal["raise", "warn", "ignore"]
-Kernels = Literal["auto", "cpp", "reference"]
+Kernels = Literal["auto", "triton", "cpp", "reference"]
 _CHOICES = {
     "collapse": Collapse,
     "init": Init,
@@ -61,8 +61,8 @@ class MHCConfig:
     exclude: tuple[str, ...] = ()
     """Of those, none whose name matches one of these."""
     kernels: Kernels = "auto"
-    """What computes the mhc ops: "auto" takes generated C++ wherever it can, "cpp" refuses anything
-    else, "reference" is plain torch."""
+    """What computes the mhc ops: "auto" takes generated C++ wherever it can, "cpp" and "triton"
+    refuse anything else, "reference" is plain torch."""
     inner: Inner = "inductor"
     """What compiles the rewritten graph."""
     recompute: int | Literal["auto", "off"] = "auto"

@@ -35,7 +35,7 @@ class KernelReport:
     dtype: str
     target: str
     source: str
-    """The generated text."""
+    """The generated text; in C++ that of `pre`, `post` and `seam`."""
     traffic: tuple[Form, ...]
     """Rows of stream per token, for each op and each way to run it."""
     kernels: tuple[KernelStats, ...] = ()

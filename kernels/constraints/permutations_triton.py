@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from mhc_compile.kernels.cpp.text import items
-from mhc_compile.kernels.triton.text import assign, call, function, numbered, pack
+from mhc_compile.kernels.triton.text import assign, call, function, items, numbered, pack
 
 
 def permutations_triton(orders: Sequence[Sequence[int]]) -> str:

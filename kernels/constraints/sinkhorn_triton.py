@@ -14,9 +14,18 @@ their number, from a matrix kept at the begin of the span. Twenty iterations cos
 import math
 from collections.abc import Iterator
 
-from mhc_compile.kernels.cpp.text import items
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton.text import assign, function, largest, loop, numbered, pack
+from mhc_compile.kernels.triton.text import (
+    assign,
+    column,
+    function,
+    items,
+    largest,
+    loop,
+    numbered,
+    pack,
+    row,
+)
 
 Lines = Iterator[str]
 Indices = list[list[int]]
@@ -33,8 +42,7 @@ def sinkhorn_triton(spec: SiteSpec, start_eps: bool) -> str:
         start_eps: whether eps is also added after the first column step.
     """
     n, eps = spec.streams, spec.sinkhorn_eps
-    columns = [[i * n + j for i in range(n)] for j in range(n)]
-    rows = [[i * n + j for j in range(n)] for i in range(n)]
+    columns, rows = [column(j, n) for j in range(n)], [row(i, n) for i in range(n)]
     added = eps if start_eps else 0.0
     h, g = numbered("h", n * n), numbered("g", n * n)
     functions = (

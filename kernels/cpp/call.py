@@ -87,14 +87,11 @@ def call(
 @cache
 def _functions(built: ctypes.CDLL, name: str, kinds: tuple[type, ...]) -> tuple[Any, Any]:
     """The function and the one that says what workspace it needs (or None), ready to be called."""
-    function = built[f"mhc_{name}"]
+    function: Any = built[f"mhc_{name}"]
     function.argtypes = [ctypes.c_float if kind is float else ctypes.c_void_p for kind in kinds]
     function.restype = None
-    try:
-        size = built[f"mhc_{name}_workspace"]
-    except AttributeError:
-        size = None
-    else:
+    size: Any = getattr(built, f"mhc_{name}_workspace", None)
+    if size is not None:
         size.argtypes, size.restype = [ctypes.c_long, ctypes.c_int], ctypes.c_long
         function.argtypes = [*function.argtypes, ctypes.c_void_p]
     function.argtypes = [*function.argtypes, ctypes.c_long, ctypes.c_long, ctypes.c_int]

@@ -31,8 +31,8 @@ STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "
 """The dtypes that streams can have, and their names in the source."""
 
 Part = Literal["site", "head", "ends", "sinkhorn"]
-"""What one library is for: `pre`, `post` and `seam` of a site (of a static one `post` alone); a
-dynamic learned collapse; weighted sums with the same weights for all tokens; the projection alone."""
+"""What a library is for: pre, post and seam of a site (of a static one post alone); a dynamic
+learned collapse; sums of the streams with the same weights for all tokens; Sinkhorn alone."""
 
 _LOOPS: dict[Part, tuple[str, ...]] = {
     "site": ("projection", "coefficients", "pre", "post", "seam"),
@@ -68,6 +68,7 @@ def source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
 def site_source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
     """The generated part of `source` alone."""
     n = spec.streams
+    texts: tuple[str, ...]
     if part == "ends":
         texts = (_streams(n, dtype), _read_streams(n), _sum_streams(n))
     elif part == "sinkhorn":

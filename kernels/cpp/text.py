@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 UNROLLED = 8
-"""Up to so many streams code is written out for each of them; then it would take long to compile."""
+"""Up to so many streams code is written out for each; more would take long to compile."""
 
 
 def each(n: int, name: str, body: Callable[[str], Iterable[str]]) -> Iterator[str]:

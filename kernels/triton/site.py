@@ -135,7 +135,7 @@ class Site:
     def _start(self, kernel: str, grid: tuple[int, ...], *arguments: torch.Tensor | int) -> None:
         chosen = self.tile(kernel)
         dense = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
-        with _on(self.device):
+        with on_device(self.device):
             getattr(self.module, kernel)[grid](
                 *dense,
                 **chosen.constants,
@@ -145,7 +145,8 @@ class Site:
             )
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where kernels have to be launched: a context with the tensors' device as the current one."""
     if device.type == "cpu":  # interpreted
         return contextlib.nullcontext()
     return torch.accelerator.device_index(device.index)

@@ -70,10 +70,25 @@ def numbered(name: str, count: int) -> list[str]:
     return [f"{name}{i}" for i in range(count)]
 
 
-def pack(head: str, items: Iterable[str]) -> Iterator[str]:
-    """``head (item, item)``, a tuple also of one item, over several lines if it is long."""
-    items = list(items)
-    yield from call(f"{head} ", [f"{items[0]},"] if len(items) == 1 else items)
+def row(i: int, n: int) -> list[int]:
+    """Flat indices of row ``i`` of an n x n matrix, row-major."""
+    return [i * n + j for j in range(n)]
+
+
+def column(j: int, n: int) -> list[int]:
+    """Flat indices of column ``j`` of an n x n matrix, row-major."""
+    return [i * n + j for i in range(n)]
+
+
+def items(name: str, indices: Iterable[int]) -> list[str]:
+    """``name[i]`` for each index."""
+    return [f"{name}[{i}]" for i in indices]
+
+
+def pack(head: str, values: Iterable[str]) -> Iterator[str]:
+    """``head (value, value)``, a tuple also of one, over several lines if it is long."""
+    values = list(values)
+    yield from call(f"{head} ", [f"{values[0]},"] if len(values) == 1 else values)
 
 
 def largest(terms: list[str]) -> str:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -116,29 +115,26 @@ def test_without_a_compiler_asking_for_cpp_is_an_error(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("fields", "dtype", "reason"),
+    ("X", "other", "reason"),
     [
-        ({"dim": -2}, torch.float32, "channels are on axis -2"),
-        ({"streams": 9}, torch.float32, "9 streams, not 2 to 8"),
-        ({"dynamic": False}, torch.float32, "mappings are static"),
-        ({}, torch.float64, "streams are torch.float64"),
-        ({}, torch.float16, "streams are torch.float16"),
+        (torch.zeros(3, 2, 8, dtype=torch.float64), None, "streams are torch.float64"),
+        (torch.zeros(3, 2, 8), torch.zeros(3, dtype=torch.float64), "an argument is float64"),
+        (torch.zeros(3, 2, 8, device="meta"), None, "the state is on meta"),
     ],
 )
 def test_what_cpp_cannot_run_has_a_reason(
-    fields: dict[str, Any], dtype: torch.dtype, reason: str, caplog: pytest.LogCaptureFixture
+    X: torch.Tensor, other: torch.Tensor | None, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = replace(SiteSpec(streams=2), **fields)
-    X = torch.zeros(3, spec.streams, 8, dtype=dtype)
-    assert reason in str(obstacle(spec, X))
+    spec = SiteSpec(streams=2)
+    assert reason in str(obstacle(spec, X, other))
     select._log.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert select.launcher("mhc::pre", spec, X) is None
+            assert select.launcher("mhc::pre", spec, X, other) is None
     assert [reason in record.message for record in caplog.records] == [True]
     forced = replace(spec, kernels="cpp")
     with pytest.raises(KernelError, match=f"{reason}.*; use kernels='auto'"):
-        select.launcher("mhc::pre", forced, X)
+        select.launcher("mhc::pre", forced, X, other)
 
 
 def test_a_branch_output_wider_than_its_streams_is_left_to_torch() -> None:

@@ -8,7 +8,7 @@ from mhc_compile.kernels.triton.traffic import forms
 
 pytestmark = pytest.mark.interpreted
 
-TOKENS, CHANNELS = 3, 32
+TOKENS, CHANNELS = 2, 16
 SITES = {
     "dynamic": (SiteSpec(streams=2, iters=1), torch.bfloat16),
     "static": (SiteSpec(streams=3, constraint="none", dynamic=False), torch.float32),
