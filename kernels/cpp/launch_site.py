@@ -81,17 +81,16 @@ def _static_logits(bias: torch.Tensor, spec: SiteSpec) -> tuple[torch.Tensor, ..
 
 
 def _static_pre(rows: torch.Tensor, bias: torch.Tensor, spec: SiteSpec) -> Four:
-    constraint, (pre_logits, post_logits, res_logits) = (
-        constraint_of(spec),
-        _static_logits(bias, spec),
-    )
+    constraint = constraint_of(spec)
+    pre_logits, post_logits, res_logits = _static_logits(bias, spec)
     with torch.autocast("cpu", enabled=False):
         h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + spec.pre_eps
         h_post = gate_weights(post_logits, 2.0, constraint.gate)
         h_res = constraint.matrix(res_logits, spec)
     u = narrow_back(read(rows, h_pre, spec), spec)
-    # Mappings can be views of the bias; an op's outputs must not be.
-    return u, h_post[0].clone(), h_res[0].clone(), rows.new_empty(0, dtype=torch.float32)
+    # Mappings can be views of the bias, or transposed; an op's outputs must not be.
+    h_post, h_res = (h[0].clone(memory_format=torch.contiguous_format) for h in (h_post, h_res))
+    return u, h_post, h_res, rows.new_empty(0, dtype=torch.float32)
 
 
 def _static_pre_backward(
@@ -102,10 +101,8 @@ def _static_pre_backward(
     bias: torch.Tensor,
     spec: SiteSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    constraint, (pre_logits, post_logits, res_logits) = (
-        constraint_of(spec),
-        _static_logits(bias, spec),
-    )
+    constraint = constraint_of(spec)
+    pre_logits, post_logits, res_logits = _static_logits(bias, spec)
     with torch.autocast("cpu", enabled=False):
         h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + spec.pre_eps
         dX, dh_pre = read_backward(g, rows, h_pre, spec)
