@@ -21,6 +21,7 @@ _FLAGS = (
     "-std=c++17",
     "-O3",
     "-march=native",
+    "-mtune=generic",  # with GCC 12's own tuning for Zen 4 a seam takes 8 % longer there
     "-fno-math-errno",
     "-ffp-contract=fast",
     "-fPIC",

@@ -1,6 +1,7 @@
 """What every launch of a generated function shares: its library, its arguments, its threads."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -26,7 +27,13 @@ def library(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> ctypes.C
 
 def coefficients(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Each in float32 and without gaps."""
-    return [tensor.to(torch.float32).contiguous() for tensor in tensors]
+    return [
+        # Most are; at one token these two questions are cheaper than the calls.
+        tensor
+        if tensor.dtype is torch.float32 and tensor.is_contiguous()
+        else tensor.to(torch.float32).contiguous()
+        for tensor in tensors
+    ]
 
 
 def streams_last(X: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
@@ -34,6 +41,12 @@ def streams_last(X: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
     if spec.dim == -1:
         return X.contiguous()
     return X.movedim((spec.dim - 1, spec.dim), (-2, -1)).contiguous()
+
+
+def size_of(rows: torch.Tensor) -> tuple[int, int]:
+    """Tokens and channels of ``[..., n, C]``."""
+    *tokens, _, channels = rows.shape
+    return math.prod(tokens), channels
 
 
 def channels_last(x: torch.Tensor, spec: SiteSpec, dtype: torch.dtype) -> torch.Tensor:
@@ -55,11 +68,7 @@ def narrow_back(x: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
 
 
 def call(
-    built: ctypes.CDLL,
-    name: str,
-    arguments: Sequence[torch.Tensor | float],
-    tokens: int,
-    channels: int,
+    built: ctypes.CDLL, name: str, arguments: Sequence[torch.Tensor], tokens: int, channels: int
 ) -> None:
     """Run one generated function, on as many threads as torch uses.
 
@@ -67,17 +76,14 @@ def call(
         built: the library.
         name: the function is ``mhc_<name>``; if ``mhc_<name>_workspace`` exists it gets that much
             memory besides.
-        arguments: tensors, which are dense, and numbers, in the function's order.
+        arguments: dense tensors, in the function's order.
         tokens: number of tokens.
         channels: width of a stream.
     """
     threads = max(1, min(torch.get_num_threads(), -(-tokens // _BLOCK)))
-    function, size = _functions(built, name, tuple(map(type, arguments)))
+    function, size = _functions(built, name, len(arguments))
     # `arguments` outlives the call, and with it the copies among its tensors.
-    values = [
-        argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
-        for argument in arguments
-    ]
+    values = [argument.data_ptr() for argument in arguments]
     if size is not None:
         workspace = torch.empty(size(channels, threads))
         values.append(workspace.data_ptr())
@@ -85,14 +91,13 @@ def call(
 
 
 @cache
-def _functions(built: ctypes.CDLL, name: str, kinds: tuple[type, ...]) -> tuple[Any, Any]:
+def _functions(built: ctypes.CDLL, name: str, pointers: int) -> tuple[Any, Any]:
     """The function and the one that says what workspace it needs (or None), ready to be called."""
     function: Any = built[f"mhc_{name}"]
-    function.argtypes = [ctypes.c_float if kind is float else ctypes.c_void_p for kind in kinds]
-    function.restype = None
     size: Any = getattr(built, f"mhc_{name}_workspace", None)
     if size is not None:
         size.argtypes, size.restype = [ctypes.c_long, ctypes.c_int], ctypes.c_long
-        function.argtypes = [*function.argtypes, ctypes.c_void_p]
-    function.argtypes = [*function.argtypes, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+        pointers += 1
+    numbers = [ctypes.c_long, ctypes.c_long, ctypes.c_int]
+    function.argtypes, function.restype = [ctypes.c_void_p] * pointers + numbers, None
     return function, size

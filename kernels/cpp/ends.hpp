@@ -1,14 +1,23 @@
 // Weighted sums of the streams whose weights all tokens share: mhc::collapse by a sum or a mean, and
 // what a static mapping reads.
 
-extern "C" void mhc_collapse(const stream_t* X, stream_t* out, float divisor, long tokens,
-                             long channels, int threads) {
+static void collapse(const stream_t* X, stream_t* out, float divisor, long tokens, long channels,
+                     int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const Range range = share(tokens);
     for (long t = range.first; t < range.last; ++t)
       sum_streams(X + t * N * channels, divisor, out + t * channels, channels);
   }
+}
+
+extern "C" void mhc_mean(const stream_t* X, stream_t* out, long tokens, long channels,
+                         int threads) {
+  collapse(X, out, N, tokens, channels, threads);
+}
+
+extern "C" void mhc_sum(const stream_t* X, stream_t* out, long tokens, long channels, int threads) {
+  collapse(X, out, 1, tokens, channels, threads);
 }
 
 extern "C" void mhc_read(const stream_t* X, const float* weights, stream_t* U, long tokens,

@@ -9,6 +9,7 @@ from mhc_compile.kernels.cpp.call import (
     coefficients,
     library,
     narrow_back,
+    size_of,
     state_back,
     streams_last,
 )
@@ -27,9 +28,8 @@ def collapse(
     rows = streams_last(X, spec)
     if bias is None:
         out = rows.new_empty((*rows.shape[:-2], rows.shape[-1]))
-        divisor = float(spec.streams) if mode == "mean" else 1.0
-        tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
-        call(library(spec, X.dtype, "ends"), "collapse", (rows, out, divisor), tokens, channels)
+        tokens, channels = size_of(rows)
+        call(library(spec, X.dtype, "ends"), mode, (rows, out), tokens, channels)
     elif phi is None or alpha is None:
         weights = gate_weights(bias.float(), 1.0, "sigmoid") + spec.pre_eps
         out = read(rows, weights, spec)
@@ -60,7 +60,7 @@ def collapse_backward(
     parameters = (phi, bias, alpha)
     grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
     arguments = (g, empty, empty, rows, *coefficients(*parameters), saved, dX, *grads)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     call(library(spec, X.dtype, "head"), "pre_backward", arguments, tokens, channels)
     dphi, dbias, dalpha = (g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
     return state_back(dX, spec), dphi, dbias, dalpha
@@ -74,7 +74,7 @@ def _head(
     spec: SiteSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The collapsed ``[..., C]`` of ``[..., n, C]``, and what the backward reads again."""
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     out = rows.new_empty((*rows.shape[:-2], channels))
     saved = rows.new_empty((tokens, spec.streams + 1), dtype=torch.float32)
     none = rows.new_empty(0)
@@ -87,7 +87,7 @@ def read(rows: torch.Tensor, weights: torch.Tensor, spec: SiteSpec) -> torch.Ten
     """``sum_i weights[i] X_i`` of ``[..., n, C]``, with the same weights for all tokens."""
     out = rows.new_empty((*rows.shape[:-2], rows.shape[-1]))
     arguments = (rows, *coefficients(weights), out)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     call(library(spec, rows.dtype, "ends"), "read", arguments, tokens, channels)
     return out
 
@@ -99,7 +99,7 @@ def read_backward(
     dX = rows.new_empty(rows.shape)
     dweights = rows.new_empty(spec.streams, dtype=torch.float32)
     arguments = (g, rows, *coefficients(weights), dX, dweights)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     call(library(spec, rows.dtype, "ends"), "read_backward", arguments, tokens, channels)
     return dX, dweights
 

@@ -11,6 +11,7 @@ from mhc_compile.kernels.cpp.call import (
     coefficients,
     library,
     narrow_back,
+    size_of,
     state_back,
     streams_last,
 )
@@ -38,7 +39,7 @@ def seam(
         X_next = post(X, f, h_post, h_res, spec)
         return (X_next, *pre(X_next, phi, bias, alpha, spec, shapes))
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     out, u = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
     h_post_next, h_res_next, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if not constraint_of(spec).mixes:
@@ -72,7 +73,7 @@ def seam_backward(
         )
         return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     dX, df = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
     dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
     dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)

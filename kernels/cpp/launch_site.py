@@ -12,6 +12,7 @@ from mhc_compile.kernels.cpp.call import (
     coefficients,
     library,
     narrow_back,
+    size_of,
     state_back,
     streams_last,
 )
@@ -33,7 +34,7 @@ def pre(
     rows = streams_last(X, spec)
     if phi is None or alpha is None:
         return _static_pre(rows, bias, spec)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     u = rows.new_empty((*rows.shape[:-2], channels))
     h_post, h_res, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if not constraint_of(spec).mixes:
@@ -60,7 +61,7 @@ def pre_backward(
         dX, dbias = _static_pre_backward(g, dh_post, dh_res, rows, bias, spec)
         empty = X.new_empty(0, dtype=torch.float32)
         return state_back(dX, spec), empty, dbias, empty.clone()
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     dX = rows.new_empty(rows.shape)
     parameters = (phi, bias, alpha)
     grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
@@ -124,7 +125,7 @@ def post(
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
     out = rows.new_empty(rows.shape)
     arguments = (rows, branch, *coefficients(h_post, h_res), out)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     call(library(spec, X.dtype), "post", arguments, tokens, channels)
     return state_back(out, spec)
 
@@ -144,7 +145,7 @@ def post_backward(
     dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
     dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
     arguments = (g, rows, branch, *coefficients(h_post, h_res), dX, df, dh_post, dh_res)
-    tokens, channels = rows.shape[:-2].numel(), rows.shape[-1]
+    tokens, channels = size_of(rows)
     call(library(spec, X.dtype), "post_backward", arguments, tokens, channels)
     df = narrow_back(df, spec).to(f.dtype)
     return state_back(dX, spec), df, dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)

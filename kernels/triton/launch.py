@@ -1,4 +1,4 @@
-"""The generated kernels called with tensors.
+"""The generated kernels called with tensors: a `mhc_compile.kernels.select.Launcher`.
 
 Results have the shapes and dtypes of the ops' own bodies. Callers have asked `obstacle` before:
 the state is ``[..., n, C]`` in a dtype of `STREAM_TYPES`, on a device that Triton serves, or on the

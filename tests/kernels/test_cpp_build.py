@@ -18,6 +18,7 @@ from mhc_compile.kernels import select
 from mhc_compile.kernels.cpp import build, call
 from mhc_compile.kernels.cpp.select import build_failure, obstacle
 from mhc_compile.kernels.spec import SiteSpec
+from tests.kernels.cpp_runs import check, random_site, run_halves, run_seam
 
 ROOT = Path(__file__).parents[2]
 ANSWER = 'extern "C" int answer() { return 42; }\n'
@@ -155,18 +156,15 @@ def test_reference_never_asks_for_a_compiler(cache: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("cache")
 def test_narrower_vectors_compute_the_same(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [f"-march={processor}" if "march" in flag else flag for flag in build._FLAGS]
-    spec = SiteSpec(streams=3)
-    tensors = [torch.randn(shape) for shape in ((37, 3, 50), (150, 15), (15,), (3,))]
-    texts = [replace(spec, kernels=kernels).encode() for kernels in ("cpp", "reference")]
-    results = []
     monkeypatch.setattr(build, "_FLAGS", flags)
-    for text in texts:
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        u, h_post, h_res, _ = torch.ops.mhc.pre(*leaves, text)
-        out = torch.ops.mhc.post(leaves[0], u, h_post, h_res, text)
-        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+    for dtype in (torch.float32, torch.float16):
+        spec, tensors = random_site("sinkhorn", 3, (37, 50))
+        for i in (0, 1, 7, 8):
+            tensors[i] = tensors[i].to(dtype).double()
+        for run in (run_halves, run_seam):
+            plain = run(spec, tensors, dtype, "reference")
+            ours = run(spec, tensors, dtype, "cpp")
+            check(ours, plain, 1e-5 if dtype == torch.float32 else 2e-3)
 
 
 def test_libraries_are_loaded_once_per_process() -> None:
