@@ -52,17 +52,18 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         return Tile(constants={"BR": 32}, warps=4)
     if kernel.endswith("_mix"):
         return Tile(constants={**width, "SLICE": _SLICE, "BT": 4, "BC": per_warp}, warps=4)
+    warps = 128 // target.lanes  # more threads would share a tile in accesses of 8 bytes
     if kernel.endswith("_backward_maps"):
-        return Tile(constants={**width, "BT": 16, "BC": 64}, warps=4)
+        return Tile(constants={**width, "BT": 16, "BC": 64}, warps=warps)
     products = {"PRECISION": target.precision}
     if kernel.endswith("_backward_streams"):
-        return Tile(constants={**width, "BT": 16, "BC": 128, **products}, warps=8)
+        return Tile(constants={**width, "BT": 16, "BC": 128, **products}, warps=2 * warps)
     if kernel.endswith("_backward_phi"):
-        return Tile(constants={**width, "BT": 16, "BC": 64, **products}, warps=4)
+        return Tile(constants={**width, "BT": 16, "BC": 64, **products}, warps=warps)
     if kernel.endswith("_scan"):
         constants = {**width, "SLICE": _SLICE, "BT": 64, "BC": 32, **products}
-        return Tile(constants=constants, warps=8, stages=2)
-    return Tile(constants={**width, "BT": 32, "BC": 32, **products}, warps=4, stages=2)
+        return Tile(constants=constants, warps=2 * warps, stages=2)
+    return Tile(constants={**width, "BT": 32, "BC": 32, **products}, warps=warps, stages=2)
 
 
 _SLICE = 256
