@@ -10,11 +10,11 @@ import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels.cpp import launch as cpp_launch
-from mhc_compile.kernels.cpp.select import build_failure, obstacle, parts
+from mhc_compile.kernels.cpp import select as cpp
 from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch as triton_launch
-from mhc_compile.kernels.triton.select import obstacle as triton_obstacle
+from mhc_compile.kernels.triton import select as triton
 
 _LOG = logging.getLogger(__name__)
 
@@ -143,8 +143,9 @@ def launcher(
 ) -> Launcher | None:
     """Decide what runs ``op``: fused kernels, or None for the plain torch body of the op.
 
-    With ``spec.kernels`` "reference" it is plain torch; with "auto" fused kernels wherever they
-    can, and the reason is logged where they cannot.
+    With ``spec.kernels`` "reference" it is plain torch; with "auto" the fused kernels of the device
+    wherever they can, C++ on a CPU and Triton elsewhere, and the reason is logged where they
+    cannot.
 
     Args:
         op: name of the op, for messages.
@@ -154,33 +155,33 @@ def launcher(
         branch: the branch output, which must not be rounded before it is added.
 
     Raises:
-        KernelError: ``spec.kernels`` is "cpp" or "triton" and those cannot run it; says why.
+        KernelError: ``spec.kernels`` is "cpp" or "triton" and that cannot run it; says why.
     """
     if spec.kernels == "reference":
         return None
-    if spec.kernels == "triton":
-        if reason := triton_obstacle(spec, X, *tensors, branch=branch):
-            raise _cannot(op, "triton", reason)
-        return triton_launch
-    reason = obstacle(spec, X, *tensors, branch=branch)
-    learned = any(tensor is not None for tensor in tensors)
-    failure = None if reason else build_failure(spec, X.dtype, parts(op, spec, learned))
+    kind = spec.kernels
+    if kind == "auto":
+        kind = "cpp" if X.device.type == "cpu" else "triton"
+    failure = None
+    if kind == "triton":
+        reason = triton.obstacle(spec, X, *tensors, branch=branch)
+    else:
+        reason = cpp.obstacle(spec, X, *tensors, branch=branch)
+        if reason is None:
+            learned = any(tensor is not None for tensor in tensors)
+            failure = cpp.build_failure(spec, X.dtype, cpp.parts(op, spec, learned))
     if reason is None and failure is None:
-        return cpp_launch
-    if spec.kernels == "cpp":
-        raise _cannot(op, "cpp", reason or failure)
+        return triton_launch if kind == "triton" else cpp_launch
+    if spec.kernels == kind:
+        raise KernelError(
+            f"{op}: kernels={kind!r} cannot run this site: {reason or failure}; use "
+            "kernels='auto' to have the torch reference in such cases"
+        )
     if failure is None:
         _log(f"{op} runs as plain torch: {reason}")
     else:
         _warn(f"mhc ops run as plain torch, which is slower: {failure}")
     return None
-
-
-def _cannot(op: str, kernels: str, reason: str | None) -> KernelError:
-    return KernelError(
-        f"{op}: kernels={kernels!r} cannot run this site: {reason}; use kernels='auto' to have the "
-        "torch reference in such cases"
-    )
 
 
 @cache  # once each

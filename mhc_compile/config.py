@@ -61,8 +61,9 @@ class MHCConfig:
     exclude: tuple[str, ...] = ()
     """Of those, none whose name matches one of these."""
     kernels: Kernels = "auto"
-    """What computes the mhc ops: "auto" takes generated C++ wherever it can, "cpp" and "triton"
-    refuse anything else, "reference" is plain torch."""
+    """What computes the mhc ops: "auto" takes the generated kernels of the device wherever they can
+    (C++ on a CPU, Triton on a GPU), "cpp" and "triton" refuse anything else, "reference" is plain
+    torch."""
     inner: Inner = "inductor"
     """What compiles the rewritten graph."""
     recompute: int | Literal["auto", "off"] = "auto"
