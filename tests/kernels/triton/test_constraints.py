@@ -121,3 +121,4 @@ def test_the_op_of_any_shape_and_strides_follows_float64() -> None:
     assert matrix.shape == (5, 4, 3, 3)
     assert _error(matrix, exact.detach()) < 1e-6
     assert _error(launch.sinkhorn_backward(grad, logits, spec), exact_back) < 1e-6
+    assert launch.sinkhorn(torch.empty(0, 3, 3), spec).shape == (0, 3, 3)
