@@ -114,7 +114,8 @@ def _slices(node: Node, rank: int) -> list[slice] | None:
     missing = [slice(None)] * (rank - len(items) + (Ellipsis in items))
     at = items.index(Ellipsis) if Ellipsis in items else len(items)
     items[at : at + 1] = missing
-    return items if all(isinstance(item, slice) for item in items) else None
+    slices = [item for item in items if isinstance(item, slice)]
+    return slices if len(slices) == len(items) else None
 
 
 def _plan_slice(node: Node, dim: int) -> int | NotLiftable:

@@ -7,7 +7,14 @@ that a wrong count shows. Nothing is downloaded.
 import torch
 from torch import nn
 
-from tests.models import zoo_diffusers, zoo_perception, zoo_text, zoo_timm  # noqa: F401
+from tests.models import (  # noqa: F401
+    zoo_diffusers,
+    zoo_later_perception,
+    zoo_later_text,
+    zoo_perception,
+    zoo_text,
+    zoo_timm,
+)
 from tests.models.zoo_base import BUILDERS, LIBRARIES, Inputs
 
 __all__ = ["BUILDERS", "LIBRARIES", "Inputs", "build"]

@@ -95,7 +95,7 @@ hf(
 hf(
     "mobilevit", "MobileViTModel", "MobileViTConfig", image(64),
     image_size=64, hidden_sizes=[32, 48, 64], neck_hidden_sizes=[8, 16, 24, 32, 48, 64, 96],
-    num_attention_heads=4,
+    num_attention_heads=4, initializer_range=0.15,
 )  # fmt: skip
 hf(
     "siglip", "SiglipModel", "SiglipConfig",
