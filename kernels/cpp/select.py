@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
+from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.cpp.emit import STREAM_TYPES
 from mhc_compile.kernels.cpp.launch import library
 from mhc_compile.kernels.spec import SiteSpec
@@ -76,6 +77,8 @@ def obstacle(
         return f"it has {spec.streams} streams, not {_STREAMS[0]} to {_STREAMS[-1]}"
     if not spec.dynamic:
         return "its mappings are static"
+    if not constraint_of(spec).generated:
+        return f"constraint {spec.constraint!r} has no generated C++"
     return None
 
 
