@@ -12,6 +12,17 @@ import torch
 
 from mhc_compile.errors import KernelError
 
+SeamGradients = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]
+"""Gradients of X, f, h_post, h_res, phi, bias and alpha: what ``mhc::seam_backward`` returns."""
+
 
 def widened_shape(shape: Sequence[int], streams: int, dim: int) -> list[int]:
     """Shape of the state for an un-widened ``shape``."""

@@ -18,8 +18,6 @@ from mhc_compile.kernels.coefficients import (
     project,
     project_backward,
 )
-from mhc_compile.kernels.cpp import launch
-from mhc_compile.kernels.cpp.select import use_cpp
 from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
@@ -32,6 +30,7 @@ from mhc_compile.kernels.layout import (
     tokens_to_state,
     widened_shape,
 )
+from mhc_compile.kernels.select import launcher
 from mhc_compile.kernels.spec import MAX_STREAMS, SiteSpec
 
 COLLAPSE_MODES = ("mean", "sum", "learned")
@@ -138,8 +137,8 @@ def collapse(
     _check_collapse("mhc::collapse", X, phi, bias, alpha, mode, site)
     dtype = coefficient_dtype(X)
     if bias is None:
-        if use_cpp("mhc::collapse", site, X):
-            return launch.collapse(X, mode, site)
+        if kernels := launcher("mhc::collapse", site, X):
+            return kernels.collapse(X, mode, site)
         out = X.sum(site.dim - 1, dtype=dtype)
         out = out / site.streams if mode == "mean" else out
         return out.to(X.dtype).contiguous()

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 
 from mhc_compile.kernels.constraints import constraint_of
-from mhc_compile.kernels.cpp import launch
-from mhc_compile.kernels.cpp.select import use_cpp
 from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
@@ -22,10 +20,11 @@ from mhc_compile.kernels.layout import (
     tokens_to_narrow,
     tokens_to_state,
 )
+from mhc_compile.kernels.select import launcher
 from mhc_compile.kernels.spec import SiteSpec
 
 
-def _check(
+def check_post(
     op: str,
     X: torch.Tensor,
     f: torch.Tensor,
@@ -33,6 +32,7 @@ def _check(
     h_res: torch.Tensor,
     site: SiteSpec,
 ) -> None:
+    """Refuse arguments of `post` that do not fit each other."""
     constraint = constraint_of(site)
     check_state(op, X, site.streams, site.dim)
     check_tensor(op, "the branch output", f, narrow_shape(X.shape, site.dim), X)
@@ -61,9 +61,9 @@ def post(
         KernelError: a shape, dtype or device does not fit.
     """
     site = SiteSpec.decode(spec)
-    _check("mhc::post", X, f, h_post, h_res, site)
-    if use_cpp("mhc::post", site, X, h_post, h_res, branch=f):
-        return launch.post(X, f, h_post, h_res, site)
+    check_post("mhc::post", X, f, h_post, h_res, site)
+    if kernels := launcher("mhc::post", site, X, h_post, h_res, branch=f):
+        return kernels.post(X, f, h_post, h_res, site)
     dtype, n = coefficient_dtype(X), site.streams
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
@@ -77,7 +77,7 @@ def post(
 def _(
     X: torch.Tensor, f: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor, spec: str
 ) -> torch.Tensor:
-    _check("mhc::post", X, f, h_post, h_res, SiteSpec.decode(spec))
+    check_post("mhc::post", X, f, h_post, h_res, SiteSpec.decode(spec))
     return X.new_empty(X.shape)
 
 
@@ -108,10 +108,10 @@ def post_backward(
         KernelError: a shape, dtype or device does not fit.
     """
     site = SiteSpec.decode(spec)
-    _check("mhc::post_backward", X, f, h_post, h_res, site)
+    check_post("mhc::post_backward", X, f, h_post, h_res, site)
     check_tensor("mhc::post_backward", "dY", dY, X.shape, X)
-    if use_cpp("mhc::post_backward", site, X, dY, h_post, h_res, branch=f):
-        return launch.post_backward(dY, X, f, h_post, h_res, site)
+    if kernels := launcher("mhc::post_backward", site, X, dY, h_post, h_res, branch=f):
+        return kernels.post_backward(dY, X, f, h_post, h_res, site)
     dtype, n, static = coefficient_dtype(X), site.streams, not site.dynamic
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
@@ -144,7 +144,7 @@ def _(
     h_res: torch.Tensor,
     spec: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check("mhc::post_backward", X, f, h_post, h_res, SiteSpec.decode(spec))
+    check_post("mhc::post_backward", X, f, h_post, h_res, SiteSpec.decode(spec))
     check_tensor("mhc::post_backward", "dY", dY, X.shape, X)
     return (
         X.new_empty(X.shape),

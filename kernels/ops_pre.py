@@ -23,8 +23,6 @@ from mhc_compile.kernels.coefficients import (
 )
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.constraints.base import Constraint
-from mhc_compile.kernels.cpp import launch
-from mhc_compile.kernels.cpp.select import use_cpp
 from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
@@ -37,6 +35,7 @@ from mhc_compile.kernels.layout import (
     tokens_to_narrow,
     tokens_to_state,
 )
+from mhc_compile.kernels.select import launcher
 from mhc_compile.kernels.spec import SiteSpec
 
 Shapes = tuple[list[int], list[int], list[int]]
@@ -46,7 +45,7 @@ def _groups(site: SiteSpec, constraint: Constraint) -> list[int]:
     return [site.streams, site.streams, constraint.logits(site.streams)]
 
 
-def _check(
+def check_pre(
     op: str,
     X: torch.Tensor,
     phi: torch.Tensor | None,
@@ -54,6 +53,7 @@ def _check(
     alpha: torch.Tensor | None,
     site: SiteSpec,
 ) -> None:
+    """Refuse arguments of `pre` that do not fit each other."""
     constraint = constraint_of(site)
     check_state(op, X, site.streams, site.dim)
     n, channels, width = site.streams, X.shape[site.dim], sum(_groups(site, constraint))
@@ -71,7 +71,7 @@ def _check(
         check_tensor(op, "alpha", alpha, [3], X)
 
 
-def _coefficient_shapes(X: torch.Tensor, site: SiteSpec) -> Shapes:
+def coefficient_shapes(X: torch.Tensor, site: SiteSpec) -> Shapes:
     """Shapes of h_post, h_res and saved."""
     n, constraint = site.streams, constraint_of(site)
     if not site.dynamic:
@@ -112,9 +112,9 @@ def pre(
         KernelError: a shape, dtype or device does not fit, or the constraint refuses n.
     """
     site = SiteSpec.decode(spec)
-    _check("mhc::pre", X, phi, bias, alpha, site)
-    if use_cpp("mhc::pre", site, X, phi, bias, alpha) and phi is not None and alpha is not None:
-        return launch.pre(X, phi, bias, alpha, site, _coefficient_shapes(X, site))
+    check_pre("mhc::pre", X, phi, bias, alpha, site)
+    if kernels := launcher("mhc::pre", site, X, phi, bias, alpha):
+        return kernels.pre(X, phi, bias, alpha, site, coefficient_shapes(X, site))
     constraint, dtype = constraint_of(site), coefficient_dtype(X)
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
@@ -126,7 +126,7 @@ def pre(
         h_post = gate_weights(post_logits, 2.0, constraint.gate)
         h_res = constraint.matrix(res_logits, site)
         u = mix(h_pre[:, None], x).squeeze(1)
-    post_shape, res_shape, saved_shape = _coefficient_shapes(X, site)
+    post_shape, res_shape, saved_shape = coefficient_shapes(X, site)
     return (
         tokens_to_narrow(u, narrow_shape(X.shape, site.dim), site.dim, X.dtype),
         # Static and unconstrained mappings can be views of the bias; an op's outputs must not be.
@@ -161,9 +161,9 @@ def _(
     spec: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     site = SiteSpec.decode(spec)
-    _check("mhc::pre", X, phi, bias, alpha, site)
+    check_pre("mhc::pre", X, phi, bias, alpha, site)
     h_post, h_res, saved = (
-        X.new_empty(shape, dtype=coefficient_dtype(X)) for shape in _coefficient_shapes(X, site)
+        X.new_empty(shape, dtype=coefficient_dtype(X)) for shape in coefficient_shapes(X, site)
     )
     return X.new_empty(narrow_shape(X.shape, site.dim)), h_post, h_res, saved
 
@@ -203,8 +203,8 @@ def pre_backward(
     site = SiteSpec.decode(spec)
     _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
     tensors = (du, dh_post, dh_res, phi, bias, alpha, saved)
-    if use_cpp("mhc::pre_backward", site, X, *tensors) and phi is not None and alpha is not None:
-        return launch.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
+    if kernels := launcher("mhc::pre_backward", site, X, *tensors):
+        return kernels.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
     constraint, dtype = constraint_of(site), coefficient_dtype(X)
     n, groups = site.streams, _groups(site, constraint)
     with torch.autocast(X.device.type, enabled=False):
@@ -255,10 +255,10 @@ def _check_backward(
     site: SiteSpec,
 ) -> None:
     op = "mhc::pre_backward"
-    _check(op, X, phi, bias, alpha, site)
+    check_pre(op, X, phi, bias, alpha, site)
     check_tensor(op, "du", du, narrow_shape(X.shape, site.dim), X)
     named = {"dh_post": dh_post, "dh_res": dh_res, "saved": saved}
-    for (name, tensor), shape in zip(named.items(), _coefficient_shapes(X, site), strict=True):
+    for (name, tensor), shape in zip(named.items(), coefficient_shapes(X, site), strict=True):
         check_tensor(op, name, tensor, shape, X)
 
 

@@ -63,6 +63,21 @@ def post_ref(
     return out.movedim((-2, -1), (spec.dim - 1, spec.dim)).to(X.dtype)
 
 
+def seam_ref(
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    spec: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The next state, and what `pre_ref` makes of it; arguments as for ``mhc::seam``."""
+    X_next = post_ref(X, f, h_post, h_res, spec)
+    return (X_next, *pre_ref(X_next, phi, bias, alpha, spec))
+
+
 def collapse_ref(
     X: torch.Tensor,
     phi: torch.Tensor | None,

@@ -214,6 +214,11 @@ def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
     )
 
 
+def memory_budget() -> float:
+    """Share of the activations that AOTAutograd may keep, as the user has set it; 1 if not."""
+    return float(torch._functorch.config.activation_memory_budget)
+
+
 def passing_through(error: Exception) -> Exception:
     """``error`` as an exception that Dynamo hands to the user as it is.
 

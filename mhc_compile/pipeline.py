@@ -1,22 +1,40 @@
 """The passes in their order, and the runner that checks after each."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
 
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.canonicalize import canonicalize_pass
+from mhc_compile.passes.chains import Chain, rewrite_chains_pass
+from mhc_compile.passes.recompute import tag_recompute_pass
+from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
+OPTIONAL_PASSES = ("join_seams_pass",)
+"""The passes that only improve a graph, and so can be switched off."""
 
-def canonical_passes() -> list[tuple[str, Pass]]:
-    """What happens to a captured graph before it is analysed."""
-    return [("canonicalize_pass", canonicalize_pass)]
+
+def canonical_passes(kernels: str, chains: list[Chain]) -> list[tuple[str, Pass]]:
+    """What happens to a captured graph before its residuals are looked for, in order.
+
+    Args:
+        kernels: what computes new mhc ops, see `MHCConfig`.
+        chains: gets what is recognised of hand-written hyper-connections.
+    """
+    return [
+        ("canonicalize_pass", canonicalize_pass),
+        # Before residuals: a recognised state is no trunk, and what is left may hold plain ones.
+        (
+            "rewrite_chains_pass",
+            functools.partial(rewrite_chains_pass, kernels=kernels, found=chains),
+        ),
+    ]
 
 
 def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:
@@ -24,6 +42,25 @@ def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:
     return [
         ("widen_trunks_pass", functools.partial(widen_trunks_pass, widening=widening)),
     ]
+
+
+def improving_passes(
+    skip: Collection[str] = (), *, recompute: int | Literal["auto", "off"] = "off"
+) -> list[tuple[str, Pass]]:
+    """What happens to a graph of mhc ops, wherever they come from, in order.
+
+    Args:
+        skip: names to leave out, of `OPTIONAL_PASSES`.
+        recompute: as in `MHCConfig`.
+    """
+    length = recompute if isinstance(recompute, int) else None
+    passes: list[tuple[str, Pass]] = []
+    if recompute != "off":
+        tag = functools.partial(tag_recompute_pass, length=length)
+        passes.append(("tag_recompute_pass", tag))
+    # After the tags: a seam across the start of a block would make its state twice.
+    passes.append(("join_seams_pass", join_seams_pass))
+    return [(name, function) for name, function in passes if name not in skip]
 
 
 def run_passes(

@@ -15,7 +15,7 @@ from mhc_compile.convert import build_sites
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.hosts import resolve_by_path
 from mhc_compile.match import Matches, sites_of
-from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
+from mhc_compile.pipeline import Observer, improving_passes, rewrite_passes, run_passes
 from mhc_compile.site import MHCSites
 from mhc_compile.uses import new_uses
 
@@ -52,7 +52,9 @@ def rewrite(
     exported = _export(model, args, kwargs, dynamic_shapes)
     scope = _ExportScope(model)
     matches = Matches(scope, config)
-    analysis = analyse(exported, resolve_by_path(model), matches.refuse, observe)
+    analysis = analyse(
+        exported, resolve_by_path(model), matches.refuse, observe, kernels=config.kernels
+    )
     matches.check(analysis)
     built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}
     built.update(
@@ -69,6 +71,7 @@ def rewrite(
     attributes = _Attributes(exported, scope.names, built)
     widening = bind(analysis, matches.records, sites_in, attributes.node_of, {})
     run_passes(exported, (), rewrite_passes(widening), observe)
+    run_passes(exported, (), improving_passes(config.skip_passes), observe)
     return exported
 
 

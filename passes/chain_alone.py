@@ -26,7 +26,7 @@ from mhc_compile.passes.vocabulary import ACTIVATION, CAST, LAYOUT, MATMUL
 _STARTS = frozenset({"exp", "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"})
 _POINTWISE = ACTIVATION | LAYOUT | CAST | frozenset({
     "add", "sub", "mul", "div", "neg", "getitem", "split", "split_with_sizes", "chunk", "select",
-    "slice", "narrow", "unbind", "detach", "amax", "rsqrt",
+    "slice", "narrow", "unbind", "detach", "amax", "rsqrt", "cat", "stack", "expand", "repeat",
 })  # fmt: skip
 
 
@@ -61,13 +61,16 @@ def find_alone(node: Node) -> Alone | str | None:
     logits = first_input(node)
     if op_name(node) not in _STARTS or logits is None or not is_float_tensor(logits):
         return None
-    for rows, columns in _pairs(node, logits):
-        scope = Scope(logits, axes_of(logits, (rows, columns)), None, read)
+    roots = [logits]
+    if op_name(logits) == "sub" and (source := first_input(logits)) is not None:
+        roots.insert(0, source)  # from before a maximum was taken out
+    for root, (rows, columns) in ((root, pair) for root in roots for pair in _pairs(node, root)):
+        scope = Scope(root, axes_of(root, (rows, columns)), None, read)
         read_onward(scope, lambda _, __: False)
         found = _longest(scope, rows, columns)
         if found is None:
             continue
-        if not _is_mixing(found.node) or not _is_coefficient(logits):
+        if not _is_mixing(found.node) or not _is_coefficient(root):
             return None
         if len(found.node.users) > 1 or not is_private(scope, found.found.entries, (found.node,)):
             return "its mixing matrix is read elsewhere too"
@@ -168,7 +171,14 @@ def _is_coefficient(logits: Node) -> bool:
 
 
 def _is_projection(node: Node) -> bool:
-    """Whether a product is with a weight: one operand without token axes."""
+    """Whether a product is with a weight: a parameter, or something without token axes."""
     operands = [arg for arg in node.all_input_nodes if is_float_tensor(arg)]
     ranks = sorted(len(dims(arg)) for arg in operands)
-    return any(is_state(arg) for arg in operands) or ranks[0] <= 2 < ranks[-1]
+    return any(map(_is_parameter, operands)) or ranks[0] <= 2 < ranks[-1]
+
+
+def _is_parameter(node: Node) -> bool:
+    """Whether ``node`` is a parameter, or a view or cast of one."""
+    while op_name(node) in LAYOUT | CAST and (source := first_input(node)) is not None:
+        node = source
+    return is_state(node)

@@ -29,6 +29,21 @@ from mhc_compile.passes.vocabulary import CAST
 _OPS = torch.ops.mhc
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """The streams of a node of the model as the ops take them."""
+
+    node: Node
+    dims: tuple[Dim, ...]
+    """Its axes: tokens, one each, then streams, then channels."""
+    dtype: torch.dtype | None
+
+    @property
+    def narrow(self) -> tuple[Dim, ...]:
+        """Axes of one stream."""
+        return (*self.dims[:-2], self.dims[-1])
+
+
 @dataclass(slots=True)
 class Rewriter:
     """Rewrites the sites of one graph, in graph order.
@@ -38,8 +53,8 @@ class Rewriter:
 
     graph: Graph
     kernels: str
-    states: dict[Node, tuple[Node, torch.dtype | None]] = field(default_factory=dict)
-    """The canonical state ``[tokens..., n, C]``, and its dtype, that holds the streams of a node."""
+    states: dict[Node, State] = field(default_factory=dict)
+    """What stands for the states that rewritten sites have made."""
 
     def rewrite_site(self, site: Site, scope: Scope) -> tuple[Node, int]:
         """Emit pre and post, and let readers of the old branch input and state read theirs.
@@ -48,24 +63,22 @@ class Rewriter:
             What stands for the next state, and the number of new nodes.
         """
         update = site.update
-        assert update is not None and scope.channels is not None
-        wide = canonical(scope.axes, site.spec.streams, scope.channels)
-        narrow = (*wide[:-2], wide[-1])
+        assert update is not None
         before = Emitter(self.graph, min(site.read.node, update.node), "pre")
         after = Emitter(self.graph, update.node, "post")
         text = replace(site.spec, kernels=self.kernels).encode()
         try:
-            state, own = self._state(before, scope, wide)
-            dtype = _state_dtype(own, update)
-            state = before.cast(state, own, dtype)
+            state = self._state(before, scope, site.spec.streams)
+            dtype = _state_dtype(state.dtype, update)
+            streams = before.cast(state.node, state.dtype, dtype)
             parameters = Parameters(
                 before, scope, site.spec.streams, (site.read.node, update.node)
             )
             phi = parameters.phi(site.groups)
             bias, alpha = parameters.bias(site.groups, phi), parameters.alpha(site.groups, phi)
-            made = before.call(_OPS.pre.default, state, phi, bias, alpha, text)
+            made = before.call(_OPS.pre.default, streams, phi, bias, alpha, text)
             u, h_post, h_res = (before.call(operator.getitem, made, i) for i in range(3))
-            u = before.relayout(u, narrow, site.read.value.dims)
+            u = before.relayout(u, state.narrow, site.read.value.dims)
             u = before.cast(u, dtype, dtype_of(site.read.node))
             if site.post_factor != 2.0:
                 h_post = after.call(torch.mul, h_post, site.post_factor / 2.0)
@@ -75,32 +88,29 @@ class Rewriter:
                 h_res = after.call(torch.transpose, h_res, -2, -1)
             if site.rest is not None:
                 h_res = _half_step(after, h_res, site.rest)
-            branch = self._branch(after, update, narrow)
-            post = after.call(_OPS.post.default, state, branch, h_post, h_res, text)
-            result = after.relayout(post, wide, update.value.dims)
+            branch = self._branch(after, update, state.narrow)
+            post = after.call(_OPS.post.default, streams, branch, h_post, h_res, text)
+            result = after.relayout(post, state.dims, update.value.dims)
             result = after.cast(result, dtype, dtype_of(update.node))
         except Refused:
             after.drop()
             before.drop()
             raise
-        self.states[result] = post, dtype
+        self.states[result] = State(post, state.dims, dtype)
         _replace(site.read.node, u)
         _replace(update.node, result)
         return result, len(before.added) + len(after.added)
 
     def rewrite_head(self, site: Site, scope: Scope) -> int:
         """Emit a learned collapse; the number of new nodes."""
-        assert scope.channels is not None
         emitter = Emitter(self.graph, site.read.node, "collapse")
-        wide = canonical(scope.axes, site.spec.streams, scope.channels)
         text = replace(site.spec, kernels=self.kernels).encode()
         try:
-            state, own = self._state(emitter, scope, wide)
+            state = self._state(emitter, scope, site.spec.streams)
             parameters = Parameters(emitter, scope, site.spec.streams, (site.read.node,))
             phi = parameters.phi(site.groups)
             bias, alpha = parameters.bias(site.groups, phi), parameters.alpha(site.groups, phi)
-            arguments = (state, phi, bias, alpha, "learned", text)
-            self._collapse(emitter, site.read, scope, arguments, own)
+            self._collapse(emitter, site.read, state, phi, bias, alpha, "learned", text)
         except Refused:
             emitter.drop()
             raise
@@ -109,48 +119,44 @@ class Rewriter:
     def rewrite_collapse(self, read: Read, scope: Scope, mode: str) -> int:
         """Emit a mean or a sum of the streams; the number of new nodes."""
         streams = len(read.weights)
-        assert scope.channels is not None
         emitter = Emitter(self.graph, read.node, "collapse")
-        wide = canonical(scope.axes, streams, scope.channels)
         text = SiteSpec(streams=streams, kernels=self.kernels).encode()
         try:
-            state, own = self._state(emitter, scope, wide)
-            self._collapse(emitter, read, scope, (state, None, None, None, mode, text), own)
+            state = self._state(emitter, scope, streams)
+            self._collapse(emitter, read, state, None, None, None, mode, text)
         except Refused:
             emitter.drop()
             raise
         return len(emitter.added)
 
-    def rewrite_expand(self, root: Node, narrow: Node, streams: int) -> int:
-        """Emit the expand that makes ``root`` from ``narrow`` ``[tokens..., C]``; as above."""
-        emitter = Emitter(self.graph, root, "expand")
-        made = emitter.call(_OPS.expand.default, narrow, streams, -1)
-        self.states[root] = self.states[made] = made, dtype_of(root)
-        _replace(root, made)
-        return 1
-
-    def _collapse(
-        self,
-        emitter: Emitter,
-        read: Read,
-        scope: Scope,
-        arguments: tuple[object, ...],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def rewrite_expand(self, scope: Scope, narrow: Node, streams: int) -> int:
+        """Emit the expand that makes the root from ``narrow`` ``[tokens..., C]``; as above."""
         assert scope.channels is not None
-        wide = canonical(scope.axes, 1, scope.channels)
-        made = emitter.call(_OPS.collapse.default, *arguments)
-        made = emitter.relayout(made, (*wide[:-2], wide[-1]), read.value.dims)
-        _replace(read.node, emitter.cast(made, dtype, dtype_of(read.node)))
+        emitter = Emitter(self.graph, scope.root, "expand")
+        made = emitter.call(_OPS.expand.default, narrow, streams, -1)
+        wide = canonical([dim for dim in scope.axes if dim], streams, scope.channels)
+        tokens = iter(wide)
+        lead = [next(tokens) if size != 1 else () for size in dims(narrow)[:-1]]
+        wide = (*lead, *tokens)
+        new = emitter.relayout(made, wide, scope.axes)
+        self.states[scope.root] = State(made, wide, dtype_of(scope.root))
+        _replace(scope.root, new)
+        return len(emitter.added)
 
-    def _state(
-        self, emitter: Emitter, scope: Scope, wide: Sequence[Dim]
-    ) -> tuple[Node, torch.dtype | None]:
-        """The canonical state of a scope, and its dtype."""
+    def _collapse(self, emitter: Emitter, read: Read, state: State, *arguments: object) -> None:
+        made = emitter.call(_OPS.collapse.default, state.node, *arguments)
+        made = emitter.relayout(made, state.narrow, read.value.dims)
+        _replace(read.node, emitter.cast(made, state.dtype, dtype_of(read.node)))
+
+    def _state(self, emitter: Emitter, scope: Scope, streams: int) -> State:
+        """The state that a scope starts from."""
         known = self.states.get(scope.root)
-        if known is not None:
-            return known
-        return emitter.relayout(scope.root, scope.axes, wide), dtype_of(scope.root)
+        if known is None:
+            assert scope.channels is not None
+            wide = canonical(scope.axes, streams, scope.channels)
+            node = emitter.relayout(scope.root, scope.axes, wide)
+            return State(node, wide, dtype_of(scope.root))
+        return known
 
     def _branch(self, emitter: Emitter, update: Update, narrow: Sequence[Dim]) -> Node:
         """The branch output as ``[tokens..., C]``."""

@@ -3,8 +3,6 @@
     X = x.unsqueeze(-2).expand(..., n, C)      in any spelling  ->  expand(x, n)
 """
 
-from collections.abc import Sequence
-
 from torch.fx import Node
 
 from mhc_compile.passes.chain_ops import read
@@ -29,9 +27,6 @@ def repeated_tensor(root: Node, stream: int, channel: int, streams: int) -> Node
     narrow = chain.pop()
     if not any(op_name(node) in _REPEATS for node in chain):
         return None
-    order = [axis for axis in range(len(dims(root))) if axis not in (stream, channel)] + [channel]
-    if [dims(root)[axis] for axis in order] != list(dims(narrow)):
-        return None
     scope = Scope(narrow, axes_of(narrow, ()), None, read)
     try:
         for node in reversed(chain):
@@ -41,5 +36,6 @@ def repeated_tensor(root: Node, stream: int, channel: int, streams: int) -> Node
     found = scope.value(root)
     if found is None or found.dims[stream] != (Atom("any", streams),):
         return None
-    wanted: Sequence[object] = axes_of(narrow, ())
-    return narrow if [found.dims[axis] for axis in order] == list(wanted) else None
+    order = [axis for axis in range(len(dims(root))) if axis not in (stream, channel)]
+    kept = [dim for axis in (*order, channel) if (dim := found.dims[axis])]
+    return narrow if kept == [dim for dim in axes_of(narrow, ()) if dim] else None

@@ -56,9 +56,9 @@ class Emitter:
             Refused: an axis would have to be split.
         """
         order = relayout_order(have, want)
-        empty = [axis for axis, dim in enumerate(have) if not dim]
-        if not empty and order == list(range(len(have))) and len(want) == len(have):
+        if list(have) == list(want):
             return node
+        empty = [axis for axis, dim in enumerate(have) if not dim]
         if empty:
             node = self.call(torch.squeeze, node, tuple(empty))
             left = [axis for axis in range(len(have)) if axis not in empty]
@@ -97,25 +97,34 @@ class Emitter:
                 piece = self.call(torch.transpose, piece, 0, 1)
                 pieces.append(self.call(torch.flatten, piece, 0, 1))
             else:
-                size = 1
-                while rows[at + size : at + size + 1] == [start + size] and not _is_swapped(
-                    rows[at + size :], square
-                ):
-                    size += 1
-                pieces.append(self._rows(node, start, start + size, count))
+                size = _run(rows[at:], square)
+                step = rows[at + 1] - start if size > 1 else 1
+                pieces.append(self._rows(node, start, rows[at + size - 1] + 1, count, step))
             at += size
         return pieces[0] if len(pieces) == 1 else self.call(torch.cat, pieces)
 
-    def _rows(self, node: Node, start: int, stop: int, count: int) -> Node:
-        if (start, stop) == (0, count):
+    def _rows(self, node: Node, start: int, stop: int, count: int, step: int = 1) -> Node:
+        if (start, stop, step) == (0, count, 1):
             return node
-        return self.call(torch.narrow, node, 0, start, stop - start)
+        return self.call(torch.ops.aten.slice.Tensor, node, 0, start, stop, step)
 
 
 def _is_swapped(rows: list[int], n: int) -> bool:
     """Whether ``rows`` starts with n * n neighbours, rows and columns exchanged."""
     expected = [rows[0] + j * n + i for i in range(n) for j in range(n)]
     return n > 1 and rows[: n * n] == expected
+
+
+def _run(rows: list[int], n: int) -> int:
+    """How many of the first ``rows`` lie at one distance from each other."""
+    if len(rows) == 1 or rows[1] <= rows[0] or _is_swapped(rows[1:], n):
+        return 1
+    size, step = 2, rows[1] - rows[0]
+    while size < len(rows) and rows[size] - rows[size - 1] == step:
+        if _is_swapped(rows[size:], n):
+            break
+        size += 1
+    return size
 
 
 def relayout_order(have: Sequence[Dim], want: Sequence[Dim]) -> list[int]:

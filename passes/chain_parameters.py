@@ -4,8 +4,9 @@
 """
 
 import math
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from itertools import groupby, product
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -37,16 +38,22 @@ class Parameters:
         """
         self.emitter, self.scope, self.streams = emitter, scope, streams
         self.outputs = outputs
+        self.made: dict[tuple[Any, ...], Node] = {}
 
     def phi(self, groups: Sequence[Sequence[Logit]]) -> Node:
         """``[n C, m]``, or ``[C, n + 2]`` where each stream is projected by itself."""
         columns = _per_stream(groups, self.streams)
         if columns is None:
             columns = [logit.column for group in groups for logit in group]
+        gains = _gains(columns)
         pieces = [
-            self._block(nodes, list(block)) for nodes, block in groupby(columns, key=_nodes)
+            self._product([n for n in nodes if n not in gains], list(block))
+            for nodes, block in groupby(columns, key=_nodes)
         ]
-        return self._transpose(self._cat(pieces))
+        made = self._cat(pieces)
+        for gain in gains:
+            made = self.emitter.call(torch.mul, made, self._product([gain], columns[:1]))
+        return self._transpose(made)
 
     def bias(self, groups: Sequence[Sequence[Logit]], phi: Node) -> Node:
         """``[m]``."""
@@ -89,42 +96,36 @@ class Parameters:
             return self.emitter.method("new_full", phi, (), factor)
         return self._scaled(made, factor)
 
-    def _block(self, nodes: tuple[Node, ...], columns: Sequence[Column]) -> Node:
+    def _product(self, nodes: Sequence[Node], columns: Sequence[Column]) -> Node:
         """``[columns, streams * C]`` for columns made from the same tensors."""
         made: Node | None = None
         for node in nodes:
-            rows = [[_index(part, node) for part in column] for column in columns]
-            fixed = len(nodes) > 1 and all(row == rows[0] for row in rows)
-            part = self._gathered(node, rows[:1] if fixed else rows)
+            part = self._gathered(node, [[_index(p, node) for p in column] for column in columns])
             made = part if made is None else self.emitter.call(torch.mul, made, part)
         assert made is not None
         return made
 
     def _gathered(self, node: Node, rows: Sequence[Sequence[int]]) -> Node:
         """``[len(rows), streams * C]``: the vectors at ``rows``, those of a row side by side."""
-        source, places, count = self._channels_last(node)
+        source, sizes, places = self._channels_last(node)
         rows = [[places[index] for index in row] for row in rows]
-        side = len(rows[0])
-        width = self._width()
-        if all(row == list(range(row[0], row[0] + side)) for row in rows) and all(
-            row[0] % side == 0 for row in rows
-        ):
-            table = self._reshaped(source, (count // side, side * width))
+        count, side, width = len(places), len(rows[0]), self._width()
+        if all(row[0] % side == 0 and row == [row[0] + i for i in range(side)] for row in rows):
+            table = self._reshaped(source, sizes, (count // side, side * width))
             picked = [row[0] // side for row in rows]
             return self.emitter.pick(table, picked, count // side, self.streams)
-        table = self._reshaped(source, (count, width))
+        table = self._reshaped(source, sizes, (count, width))
         flat = [index for row in rows for index in row]
         picked_rows = self.emitter.pick(table, flat, count, self.streams)
-        return self._reshaped(picked_rows, (len(rows), side * width), force=True)
+        return self._reshaped(picked_rows, (len(flat), width), (len(rows), side * width))
 
-    def _channels_last(self, node: Node) -> tuple[Node, list[int], int]:
-        """The tensor with its channels last; where each of its vectors went; how many it has."""
+    def _channels_last(self, node: Node) -> tuple[Node, tuple[int, ...], list[int]]:
+        """The tensor with its channels last, its sizes, and where each of its vectors went."""
         axes = self.scope.adopted[node]
         at = next(i for i, dim in enumerate(axes) if any(a.kind == "channel" for a in dim))
         if axes[at][-1].kind != "channel":
             raise Refused("its projection takes channels and streams in another order")
         order = [*(i for i in range(len(axes)) if i != at), at]
-        before, after = _places(axes, range(len(axes))), _places(axes, order)
         source = self._ready(node)
         if order != sorted(order):
             source = (
@@ -132,29 +133,36 @@ class Parameters:
                 if len(order) == 2
                 else self.emitter.call(torch.permute, source, tuple(order))
             )
-        return source, [after[key] for key in before], len(before)
+        return source, tuple(dims(node)[i] for i in order), _places(axes, order)
 
     def _width(self) -> int:
         assert self.scope.channels is not None
         return self.scope.channels
 
-    def _reshaped(self, node: Node, sizes: tuple[int, int], *, force: bool = False) -> Node:
-        if not force and list(dims(node)) == list(sizes):
+    def _reshaped(self, node: Node, have: Sequence[int], want: Sequence[int]) -> Node:
+        if tuple(have) == tuple(want):
             return node
-        return self.emitter.call(torch.reshape, node, sizes)
+        return self._once(torch.reshape, node, tuple(want))
+
+    def _once(self, target: Callable[..., Any], node: Node, *args: Any) -> Node:
+        """A call that may be needed several times."""
+        key = (target, node, *args)
+        if key not in self.made:
+            self.made[key] = self.emitter.call(target, node, *args)
+        return self.made[key]
 
     def _transpose(self, node: Node) -> Node:
         if node in self.emitter.added and node.target is torch.t:
             source = node.args[0]
             assert isinstance(source, Node)
             return source
-        return self.emitter.call(torch.t, node)
+        return self._once(torch.t, node)
 
     def _cat(self, pieces: list[Node]) -> Node:
         return pieces[0] if len(pieces) == 1 else self.emitter.call(torch.cat, pieces)
 
     def _flat(self, node: Node) -> Node:
-        return node if rank(node) == 1 else self.emitter.call(torch.flatten, node)
+        return node if rank(node) == 1 else self._once(torch.flatten, node)
 
     def _scaled(self, node: Node, factor: float) -> Node:
         return node if factor == 1.0 else self.emitter.call(torch.mul, node, factor)
@@ -203,30 +211,28 @@ def _per_stream(groups: Sequence[Sequence[Logit]], streams: int) -> list[Column]
     return columns
 
 
-def _places(axes: Sequence[Dim], order: Sequence[int]) -> dict[tuple[int, ...], int]:
-    """Position of each vector of a tensor whose axes are in ``order``, by index in its own order.
+def _gains(columns: Sequence[Column]) -> list[Node]:
+    """The tensors that multiply every column alike: weights of the norm, not of the projection."""
+    gains = []
+    for node in _nodes(columns[0]):
+        if len(_nodes(columns[0])) > 1 and all(node in _nodes(column) for column in columns):
+            rows = {tuple(_index(part, node) for part in column) for column in columns}
+            if len(rows) == 1:
+                gains.append(node)
+    return gains
 
-    The keys are in the order of a tensor that is not permuted only if ``order`` is.
-    """
-    small = [[a.size for a in axes[axis] if a.kind == "small"] for axis in range(len(axes))]
-    own = [(axis, k) for axis in range(len(axes)) for k in range(len(small[axis]))]
-    moved = [(axis, k) for axis in order for k in range(len(small[axis]))]
-    sizes = {(axis, k): small[axis][k] for axis, k in own}
-    stride, total = {}, 1
-    for key in reversed(moved):
-        stride[key] = total
-        total *= sizes[key]
-    places = {}
-    for number in range(total):
-        index, rest = [], number
-        for key in reversed(own):
-            index.append(rest % sizes[key])
-            rest //= sizes[key]
-        index.reverse()
-        places[tuple(index)] = sum(
-            i * stride[key] for i, key in zip(index, own, strict=True)
-        )
-    return places
+
+def _places(axes: Sequence[Dim], order: Sequence[int]) -> list[int]:
+    """Where each vector of a tensor is once its axes are in ``order``."""
+    counts = [math.prod(atom.size for atom in dim if atom.kind == "small") for dim in axes]
+    strides, total = [0] * len(axes), 1
+    for axis in reversed(order):
+        strides[axis] = total
+        total *= counts[axis]
+    return [
+        sum(i * stride for i, stride in zip(index, strides, strict=True))
+        for index in product(*map(range, counts))
+    ]
 
 
 def _hoist(graph: Graph, node: Node, before: Node, never: Sequence[Node]) -> None:

@@ -216,13 +216,15 @@ def _gates(reading: Reading, weights: tuple[Term, ...]) -> list[Gate]:
 
 def _check_groups(groups: tuple[tuple[Logit, ...], ...]) -> None:
     """Refuse what one norm, and one scale a group, cannot express."""
+    if any(logit.stream is not None and not logit.is_bounded for g in groups for logit in g):
+        raise Refused("each stream is normed and projected by itself, but gated by a sigmoid")
+    if any(logit.stream is None and logit.is_bounded for g in groups for logit in g):
+        raise Refused("its bounded coefficients are projected from all streams together")
     if len({logit.norm_eps for group in groups for logit in group}) != 1:
         raise Refused("its coefficients are projected from differently normed states")
     for group in groups:
         if len({logit.scale for logit in group}) > 1:
             raise Refused("its coefficients have a scale each")
-    if any(logit.stream is not None and not logit.is_bounded for g in groups for logit in g):
-        raise Refused("each stream is normed and projected by itself, but gated by a sigmoid")
 
 
 @dataclass(frozen=True, slots=True)

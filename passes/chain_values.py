@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from mhc_compile.passes.chain_terms import NotExpressible, Term, Terms
@@ -77,8 +78,14 @@ def gather(
     items: Sequence[Term], shape: Sequence[int], strides: Sequence[int], offset: int = 0
 ) -> tuple[Term, ...]:
     """The entries of a strided view of ``items``."""
+    indices = _indices(tuple(shape), tuple(strides), offset)
+    return tuple([items[i] for i in indices])
+
+
+@lru_cache(maxsize=4096)  # the same few views come again at every step of every site
+def _indices(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> tuple[int, ...]:
     return tuple(
-        items[offset + sum(i * s for i, s in zip(index, strides, strict=True))]
+        offset + sum(i * s for i, s in zip(index, strides, strict=True))
         for index in itertools.product(*map(range, shape))
     )
 

@@ -96,7 +96,8 @@ class _Finder:
         axes = axes_of(root, (stream,), channel)
         reading = _reading(root, axes, streams, channels)
         following = self._rewrite_site(reading, (stream, channel))
-        self._rewrite_heads(reading, is_hyper=following is not None)
+        if following is not None or not reading.updates:
+            self._rewrite_heads(reading, is_hyper=following is not None)
         while following is not None:
             reading = _reading(*following, streams, channels)
             following = self._rewrite_site(reading, None)
@@ -122,7 +123,7 @@ class _Finder:
             if entry is not None:
                 narrow = repeated_tensor(root, *entry, reading.streams)
                 if narrow is not None:
-                    added = self.rewriter.rewrite_expand(root, narrow, reading.streams)
+                    added = self.rewriter.rewrite_expand(reading.scope, narrow, reading.streams)
                     self._note("expand", root, f"n={reading.streams}", added)
             result, added = self.rewriter.rewrite_site(site, reading.scope)
         except Refused as refused:
@@ -148,7 +149,7 @@ class _Finder:
                 else:
                     continue
             except Refused as refused:
-                self._leave("head", weighted.node, str(refused))
+                self._leave("collapse", weighted.node, str(refused))
                 continue
             self._note("collapse", weighted.node, what, added)
 

@@ -14,6 +14,7 @@ import torch
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.cpp.build import load
 from mhc_compile.kernels.cpp.emit import source
+from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 
 _BLOCK = 16  # tokens: fewer are not worth a thread of their own
@@ -34,13 +35,15 @@ def library(spec: SiteSpec, dtype: torch.dtype) -> ctypes.CDLL:
 
 def pre(
     X: torch.Tensor,
-    phi: torch.Tensor,
+    phi: torch.Tensor | None,
     bias: torch.Tensor,
-    alpha: torch.Tensor,
+    alpha: torch.Tensor | None,
     spec: SiteSpec,
     shapes: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre``; ``shapes`` are those of h_post, h_res and saved."""
+    assert phi is not None, "`obstacle` refuses static mappings"
+    assert alpha is not None
     built, channels = library(spec, X.dtype), X.shape[-1]
     tokens, threads = _tokens_and_threads(X)
     u = X.new_empty((*X.shape[:-2], channels))
@@ -59,13 +62,15 @@ def pre_backward(
     dh_post: torch.Tensor,
     dh_res: torch.Tensor,
     X: torch.Tensor,
-    phi: torch.Tensor,
+    phi: torch.Tensor | None,
     bias: torch.Tensor,
-    alpha: torch.Tensor,
+    alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: SiteSpec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre_backward``."""
+    assert phi is not None, "`obstacle` refuses static mappings"
+    assert alpha is not None
     built, channels = library(spec, X.dtype), X.shape[-1]
     tokens, threads = _tokens_and_threads(X)
     dX = X.new_empty(X.shape)
@@ -123,6 +128,46 @@ def post_backward(
     built = library(spec, X.dtype)
     _call(built.mhc_post_backward, arguments, tokens, X.shape[-1], threads)
     return dX, df.to(f.dtype), dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)
+
+
+def seam(
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    spec: SiteSpec,
+    shapes: Sequence[Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::seam``; ``shapes`` are those of h_post, h_res and saved."""
+    X_next = post(X, f, h_post, h_res, spec)
+    return (X_next, *pre(X_next, phi, bias, alpha, spec, shapes))
+
+
+def seam_backward(
+    dX_next: torch.Tensor,
+    du: torch.Tensor,
+    dh_post_next: torch.Tensor,
+    dh_res_next: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    spec: SiteSpec,
+) -> SeamGradients:
+    """``mhc::seam_backward``."""
+    X_next = post(X, f, h_post, h_res, spec)
+    dX, *dparameters = pre_backward(
+        du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec
+    )
+    dphi, dbias, dalpha = dparameters
+    return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
 
 
 def collapse(X: torch.Tensor, mode: str, spec: SiteSpec) -> torch.Tensor:

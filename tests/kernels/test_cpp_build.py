@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
-from mhc_compile.kernels.cpp import build, launch, select
+from mhc_compile.kernels import select
+from mhc_compile.kernels.cpp import build, launch
+from mhc_compile.kernels.cpp.select import build_failure, obstacle
 from mhc_compile.kernels.spec import SiteSpec
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ ANSWER = 'extern "C" int answer() { return 42; }\n'
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a process that has loaded nothing yet."""
     monkeypatch.setenv("MHC_COMPILE_CACHE", str(tmp_path / "cache"))
-    memos = (build.load, select._build_failure, launch.library, select._warn, select._log)
+    memos = (build.load, build_failure, launch.library, select._warn, select._log)
     for memo in memos:
         memo.cache_clear()
     yield tmp_path / "cache"
@@ -128,21 +130,21 @@ def test_what_cpp_cannot_run_has_a_reason(
 ) -> None:
     spec = replace(SiteSpec(streams=2), **fields)
     X = torch.zeros(3, spec.streams, 8, dtype=dtype)
-    assert reason in str(select.obstacle(spec, X))
+    assert reason in str(obstacle(spec, X))
     select._log.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert not select.use_cpp("mhc::pre", spec, X)
+            assert select.launcher("mhc::pre", spec, X) is None
     assert [reason in record.message for record in caplog.records] == [True]
     forced = replace(spec, kernels="cpp")
     with pytest.raises(KernelError, match=f"{reason}.*; use kernels='auto'"):
-        select.use_cpp("mhc::pre", forced, X)
+        select.launcher("mhc::pre", forced, X)
 
 
 def test_a_branch_output_wider_than_its_streams_is_left_to_torch() -> None:
     spec, X = SiteSpec(streams=2), torch.zeros(3, 2, 8, dtype=torch.bfloat16)
-    assert select.obstacle(spec, X, branch=X[:, 0]) is None
-    assert "wider than its streams" in str(select.obstacle(spec, X, branch=X[:, 0].float()))
+    assert obstacle(spec, X, branch=X[:, 0]) is None
+    assert "wider than its streams" in str(obstacle(spec, X, branch=X[:, 0].float()))
 
 
 def test_reference_never_asks_for_a_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

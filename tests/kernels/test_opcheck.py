@@ -37,6 +37,21 @@ def test_post_and_its_backward_pass_opcheck(
     torch.library.opcheck(OPS.post_backward.default, (plain[0], *plain, site.text))
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_seam_and_its_backward_pass_opcheck(
+    make_site: MakeSite, constraint: str, dynamic: bool
+) -> None:
+    site = make_site(constraint, 4, (2, 3, 5), dynamic=dynamic, iters=2, dtype=torch.float32)
+    _, h_post, h_res, _ = OPS.pre(site.X, *site.parameters, site.text)
+    plain = [
+        None if t is None else t.detach() for t in (site.X, site.f, h_post, h_res, *site.parameters)
+    ]
+    leaves = [None if t is None else t.clone().requires_grad_() for t in plain]
+    torch.library.opcheck(OPS.seam.default, (*leaves, site.text))
+    *grads, saved = OPS.seam(*plain, site.text)
+    torch.library.opcheck(OPS.seam_backward.default, (*grads, *plain, saved, site.text))
+
+
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_expand_and_its_backward_pass_opcheck(dim: int) -> None:
     torch.library.opcheck(OPS.expand.default, (torch.randn(2, 3, 5, requires_grad=True), 4, dim))

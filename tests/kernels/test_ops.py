@@ -12,6 +12,7 @@ from mhc_compile.kernels.reference import (
     expand_ref,
     post_ref,
     pre_ref,
+    seam_ref,
     sinkhorn_ref,
 )
 from mhc_compile.kernels.spec import SiteSpec
@@ -73,6 +74,29 @@ def test_finite_differences_confirm_post(
     )
 
 
+def _seam_inputs(site: Any) -> tuple[torch.Tensor | None, ...]:
+    """Arguments of a seam whose next site has parameters of its own."""
+    _, h_post, h_res, _ = OPS.pre(site.X, *site.parameters, site.text)
+    following = [None if p is None else (0.5 * p.detach()) for p in site.parameters]
+    mixes = constraint_named(site.spec.constraint).mixes
+    h_res = h_res.detach().requires_grad_(mixes)
+    leaves = [None if p is None else p.requires_grad_() for p in following]
+    return (site.X, site.f, h_post.detach().requires_grad_(), h_res, *leaves)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_finite_differences_confirm_seam(
+    make_site: MakeSite, constraint: str, n: int, dynamic: bool
+) -> None:
+    site = make_site(constraint, n, (2, 3), dynamic=dynamic, iters=5)
+    outputs = 4 if constraint_named(constraint).mixes else 3  # a constant has no gradient
+    assert torch.autograd.gradcheck(
+        lambda *tensors: OPS.seam(*tensors, site.text)[:outputs],
+        _seam_inputs(site),
+        fast_mode=True,
+    )
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("mode", ["mean", "sum", "learned"])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
@@ -119,6 +143,23 @@ def test_one_site_equals_the_reference_in_every_layout(
         assert mine.is_contiguous()
         torch.testing.assert_close(mine, right)
     for mine, right in zip(_gradients(ours, inputs), _gradients(truth, inputs), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("shape", "dim"), LAYOUTS)
+def test_a_seam_equals_the_reference_in_every_layout(
+    make_site: MakeSite, constraint: str, shape: tuple[int, ...], dim: int, dynamic: bool
+) -> None:
+    site = make_site(constraint, 4, shape, dim=dim, dynamic=dynamic)
+    inputs = _seam_inputs(site)
+    ours = OPS.seam(*inputs, site.text)[:4]
+    truth = seam_ref(*inputs, site.spec)
+    for mine, right in zip(ours, truth, strict=True):
+        assert mine.is_contiguous()
+        torch.testing.assert_close(mine, right)
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    for mine, right in zip(_gradients(ours, leaves), _gradients(truth, leaves), strict=True):
         torch.testing.assert_close(mine, right)
 
 

@@ -1,0 +1,225 @@
+"""``mhc::seam``: leave one site and enter the next, the state read once and written once.
+
+``X' = post(X, f, h_post, h_res)``, then ``u', h_post', h_res' = pre(X', phi', bias', alpha')``.
+Fused kernels move 2 n + 2 rows of C per token forward, where the two ops apart move 3 n + 2 at
+least, and 3 n + 3 backward: X' is made again from X and f, and its gradients are summed on the way.
+"""
+
+from typing import Any
+
+import torch
+
+from mhc_compile.kernels.layout import (
+    SeamGradients,
+    check_tensor,
+    coefficient_dtype,
+    narrow_shape,
+)
+from mhc_compile.kernels.ops_post import check_post, post, post_backward
+from mhc_compile.kernels.ops_pre import check_pre, coefficient_shapes, pre, pre_backward
+from mhc_compile.kernels.select import launcher
+from mhc_compile.kernels.spec import SiteSpec
+
+
+@torch.library.custom_op("mhc::seam", mutates_args=())
+def seam(
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Carry the streams over one site and read the input of the next branch out of them.
+
+    Args:
+        X: the state before the first site, ``[..., n, C]`` (or another layout, as for `post`).
+        f: its branch output.
+        h_post: its second mapping.
+        h_res: its third mapping, [out, in].
+        phi: parameters of the next site, as for `pre`, like ``bias`` and ``alpha``.
+        bias: see there.
+        alpha: see there.
+        spec: `SiteSpec.encode`, the same for both sites.
+
+    Returns:
+        The next state, and what `pre` gives for it: u, h_post, h_res and what it saves.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit.
+    """
+    site = SiteSpec.decode(spec)
+    _check("mhc::seam", X, f, h_post, h_res, phi, bias, alpha, site)
+    if kernels := launcher("mhc::seam", site, X, h_post, h_res, phi, bias, alpha, branch=f):
+        shapes = coefficient_shapes(X, site)
+        return kernels.seam(X, f, h_post, h_res, phi, bias, alpha, site, shapes)
+    X_next = post(X, f, h_post, h_res, spec)
+    return (X_next, *pre(X_next, phi, bias, alpha, spec))
+
+
+def _check(
+    op: str,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    site: SiteSpec,
+) -> None:
+    check_post(op, X, f, h_post, h_res, site)
+    check_pre(op, X, phi, bias, alpha, site)
+
+
+@seam.register_fake
+def _(
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    site = SiteSpec.decode(spec)
+    _check("mhc::seam", X, f, h_post, h_res, phi, bias, alpha, site)
+    h_post_next, h_res_next, saved = (
+        X.new_empty(shape, dtype=coefficient_dtype(X)) for shape in coefficient_shapes(X, site)
+    )
+    u = X.new_empty(narrow_shape(X.shape, site.dim))
+    return X.new_empty(X.shape), u, h_post_next, h_res_next, saved
+
+
+@torch.library.custom_op("mhc::seam_backward", mutates_args=())
+def seam_backward(
+    dX_next: torch.Tensor,
+    du: torch.Tensor,
+    dh_post_next: torch.Tensor,
+    dh_res_next: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    spec: str,
+) -> SeamGradients:
+    """Gradients of `seam` from those of its first four outputs.
+
+    Args:
+        dX_next: gradient of the next state.
+        du: gradient of the next branch input.
+        dh_post_next: gradient of the next site's h_post.
+        dh_res_next: gradient of the next site's h_res.
+        X: as given to `seam`, like the arguments up to ``alpha``, and ``spec``.
+        f: see there.
+        h_post: see there.
+        h_res: see there.
+        phi: see there.
+        bias: see there.
+        alpha: see there.
+        saved: fifth output of `seam`.
+        spec: see there.
+
+    Returns:
+        Gradients of ``X``, ``f``, ``h_post``, ``h_res``, ``phi``, ``bias`` and ``alpha``, each in
+        the dtype of its tensor; empty for what is None.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit.
+    """
+    site = SiteSpec.decode(spec)
+    grads = (dX_next, du, dh_post_next, dh_res_next)
+    _check_backward(grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
+    tensors = (*grads, h_post, h_res, phi, bias, alpha, saved)
+    if kernels := launcher("mhc::seam_backward", site, X, *tensors, branch=f):
+        return kernels.seam_backward(*grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
+    X_next = post(X, f, h_post, h_res, spec)
+    dX, dphi, dbias, dalpha = pre_backward(
+        du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec
+    )
+    return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
+
+
+def _check_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    site: SiteSpec,
+) -> None:
+    op = "mhc::seam_backward"
+    _check(op, X, f, h_post, h_res, phi, bias, alpha, site)
+    named = {"dX_next": grads[0], "du": grads[1], "dh_post_next": grads[2]}
+    named |= {"dh_res_next": grads[3], "saved": saved}
+    shapes = (X.shape, narrow_shape(X.shape, site.dim), *coefficient_shapes(X, site))
+    for (name, tensor), shape in zip(named.items(), shapes, strict=True):
+        check_tensor(op, name, tensor, shape, X)
+
+
+@seam_backward.register_fake
+def _(
+    dX_next: torch.Tensor,
+    du: torch.Tensor,
+    dh_post_next: torch.Tensor,
+    dh_res_next: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    spec: str,
+) -> SeamGradients:
+    grads = (dX_next, du, dh_post_next, dh_res_next)
+    site = SiteSpec.decode(spec)
+    _check_backward(grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
+    empty = X.new_empty(0, dtype=coefficient_dtype(X))
+    return (
+        X.new_empty(X.shape),
+        f.new_empty(f.shape),
+        h_post.new_empty(h_post.shape),
+        h_res.new_empty(h_res.shape),
+        empty if phi is None else phi.new_empty(phi.shape),
+        bias.new_empty(bias.shape),
+        empty.clone() if alpha is None else alpha.new_empty(alpha.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.spec = inputs
+    saved = output[4]
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(*tensors, saved)
+
+
+def _backward(
+    ctx: Any,
+    dX_next: torch.Tensor,
+    du: torch.Tensor,
+    dh_post_next: torch.Tensor,
+    dh_res_next: torch.Tensor,
+    _: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    *grads, dphi, dbias, dalpha = seam_backward(
+        dX_next, du, dh_post_next, dh_res_next, *tensors, ctx.spec
+    )
+    static = tensors[4] is None
+    return (*grads, None if static else dphi, dbias, None if static else dalpha, None)
+
+
+seam.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,155 @@
+"""Which implementation runs an op: one decision, with its reason."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from mhc_compile.errors import KernelError, MHCWarning
+from mhc_compile.kernels.cpp import launch as cpp_launch
+from mhc_compile.kernels.cpp.select import build_failure, obstacle
+from mhc_compile.kernels.layout import SeamGradients
+from mhc_compile.kernels.spec import SiteSpec
+
+_LOG = logging.getLogger(__name__)
+
+
+class Launcher(Protocol):
+    """Fused kernels behind the ops: arguments and results are those of the ops' own bodies.
+
+    ``shapes`` are those of h_post, h_res and saved (`mhc_compile.kernels.ops_pre`).
+    """
+
+    def pre(
+        self,
+        X: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor,
+        alpha: torch.Tensor | None,
+        spec: SiteSpec,
+        shapes: Sequence[Sequence[int]],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::pre``."""
+
+    def pre_backward(
+        self,
+        du: torch.Tensor,
+        dh_post: torch.Tensor,
+        dh_res: torch.Tensor,
+        X: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor,
+        alpha: torch.Tensor | None,
+        saved: torch.Tensor,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::pre_backward``."""
+
+    def post(
+        self,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        spec: SiteSpec,
+    ) -> torch.Tensor:
+        """``mhc::post``."""
+
+    def post_backward(
+        self,
+        dY: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::post_backward``."""
+
+    def seam(
+        self,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor,
+        alpha: torch.Tensor | None,
+        spec: SiteSpec,
+        shapes: Sequence[Sequence[int]],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::seam``."""
+
+    def seam_backward(
+        self,
+        dX_next: torch.Tensor,
+        du: torch.Tensor,
+        dh_post_next: torch.Tensor,
+        dh_res_next: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor,
+        alpha: torch.Tensor | None,
+        saved: torch.Tensor,
+        spec: SiteSpec,
+    ) -> SeamGradients:
+        """``mhc::seam_backward``."""
+
+    def collapse(self, X: torch.Tensor, mode: str, spec: SiteSpec) -> torch.Tensor:
+        """``mhc::collapse`` with ``mode`` "mean" or "sum"."""
+
+
+def launcher(
+    op: str,
+    spec: SiteSpec,
+    X: torch.Tensor,
+    *tensors: torch.Tensor | None,
+    branch: torch.Tensor | None = None,
+) -> Launcher | None:
+    """Decide what runs ``op``: fused kernels, or None for the plain torch body of the op.
+
+    With ``spec.kernels`` "reference" it is plain torch; with "auto" fused kernels wherever they
+    can, and the reason is logged where they cannot.
+
+    Args:
+        op: name of the op, for messages.
+        spec: the site.
+        X: the state.
+        tensors: the other floating point arguments, where there.
+        branch: the branch output, which must not be rounded before it is added.
+
+    Raises:
+        KernelError: ``spec.kernels`` is "cpp" and the C++ cannot run it; says why.
+    """
+    if spec.kernels == "reference":
+        return None
+    reason = obstacle(spec, X, *tensors, branch=branch)
+    failure = None if reason else build_failure(spec, X.dtype)
+    if reason is None and failure is None:
+        return cpp_launch
+    if spec.kernels == "cpp":
+        raise KernelError(
+            f"{op}: kernels='cpp' cannot run this site: {reason or failure}; use "
+            "kernels='auto' to have the torch reference in such cases"
+        )
+    if failure is None:
+        _log(f"{op} runs as plain torch: {reason}")
+    else:
+        _warn(f"mhc ops run as plain torch, which is slower: {failure}")
+    return None
+
+
+@cache  # once each
+def _log(message: str) -> None:
+    _LOG.info(message)
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, MHCWarning, stacklevel=4)
