@@ -20,13 +20,14 @@ from mhc_compile.passes.chain_sinkhorn import Matrix, Sinkhorn, find_sinkhorn
 from mhc_compile.passes.chain_terms import Term
 from mhc_compile.passes.chain_values import Value
 from mhc_compile.passes.opnames import first_input, op_name
-from mhc_compile.passes.values import dims, is_float_tensor, is_state
+from mhc_compile.passes.values import dims, is_float_tensor, is_state, numel
 from mhc_compile.passes.vocabulary import ACTIVATION, CAST, LAYOUT, MATMUL
 
 _STARTS = frozenset({"exp", "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"})
 _POINTWISE = ACTIVATION | LAYOUT | CAST | frozenset({
     "add", "sub", "mul", "div", "neg", "getitem", "split", "split_with_sizes", "chunk", "select",
-    "slice", "narrow", "unbind", "detach", "amax", "rsqrt", "cat", "stack", "expand", "repeat",
+    "slice", "narrow", "unbind", "detach", "cat", "stack", "amax", "sum", "mean", "square", "pow",
+    "sqrt", "rsqrt",
 })  # fmt: skip
 
 
@@ -160,14 +161,25 @@ def _is_coefficient(logits: Node) -> bool:
     while stack:
         node = stack.pop()
         name = op_name(node)
-        if node.op in ("placeholder", "get_attr") or name in MATMUL and _is_projection(node):
+        if _is_parameter(node) or node.op == "placeholder":
             continue
-        if name not in _POINTWISE:
+        if name in MATMUL and _is_projection(node):
+            continue
+        if name not in _POINTWISE or _is_outer(node):
             return False
-        tensors = [arg for arg in node.all_input_nodes if arg not in seen]
-        seen.update(tensors)
-        stack += tensors
+        above = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(above)
+        stack += above
     return True
+
+
+def _is_outer(node: Node) -> bool:
+    """Whether an operation pairs every entry of one operand with every entry of another."""
+    sizes = [numel(source) for source in node.all_input_nodes if is_float_tensor(source)]
+    return op_name(node) not in ("cat", "stack") and len(sizes) > 1 and numel(node) not in (
+        *sizes,
+        1,
+    )
 
 
 def _is_projection(node: Node) -> bool:
@@ -178,7 +190,15 @@ def _is_projection(node: Node) -> bool:
 
 
 def _is_parameter(node: Node) -> bool:
-    """Whether ``node`` is a parameter, or a view or cast of one."""
-    while op_name(node) in LAYOUT | CAST and (source := first_input(node)) is not None:
-        node = source
-    return is_state(node)
+    """Whether ``node`` is a parameter, or made from parameters alone."""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if is_state(current):
+            continue
+        if current.op not in ("call_function", "call_method") or not current.all_input_nodes:
+            return False
+        above = [source for source in current.all_input_nodes if source not in seen]
+        seen.update(above)
+        stack += above
+    return True

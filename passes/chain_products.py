@@ -80,10 +80,16 @@ def add_product(scope: Scope, product: Value, bias: Any) -> Value:
 
 
 def einsum(scope: Scope, node: Node) -> Value:
-    """``einsum(equation, a, b)``."""
+    """``einsum(equation, a)`` and ``einsum(equation, a, b)``."""
     operands, inputs, out = einsum_labels(node)
+    if len(operands) == 1 and (value := scope.value(operands[0])) is not None:
+        if len(set(inputs[0])) != len(inputs[0]):
+            raise NotExpressible("a diagonal")
+        order = [*out, *(label for label in inputs[0] if label not in out)]
+        moved = _ordered(value, inputs[0], order)
+        return summed(scope.terms, moved, range(len(out), len(order)), keep=False)
     if len(operands) != 2:
-        raise NotExpressible("an einsum of other than two operands")
+        raise NotExpressible("an einsum of more than two operands")
     return contract(scope, operands[0], inputs[0], operands[1], inputs[1], out)
 
 

@@ -150,6 +150,7 @@ def match_site(reading: Reading, update: Update) -> Site:
     Raises:
         Refused: no op computes it.
     """
+    post = _gates(reading, update.post)
     gated = [read for read in reading.reads if read.weights[0].op != "const"]
     if len(gated) != 1:
         raise Refused(
@@ -158,7 +159,6 @@ def match_site(reading: Reading, update: Update) -> Site:
             else "several weighted sums read its streams"
         )
     pre = _gates(reading, gated[0].weights)
-    post = _gates(reading, update.post)
     if pre[0].factor != 1.0:
         raise Refused("the weights of its branch input are gates of another size than 1")
     found = _mixing(reading, update.matrix, is_bounded=pre[0].logit.is_bounded)

@@ -207,6 +207,8 @@ class Terms:
         groups: dict[Term, list[Term]] = {}
         for factors, coefficient in a.args:
             groups.setdefault(coefficient, []).append(self.make("inner", *factors))
+        if len(groups) > 1:
+            raise NotExpressible("a projection of a weighted sum")
         return self.total(self.mul(c, self.total(members)) for c, members in groups.items())
 
     def _add_vectors(self, a: Term, b: Term) -> Term:
