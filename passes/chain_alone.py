@@ -65,13 +65,14 @@ def find_alone(node: Node) -> Alone | str | None:
     roots = [logits]
     if op_name(logits) == "sub" and (source := first_input(logits)) is not None:
         roots.insert(0, source)  # from before a maximum was taken out
-    for root, (rows, columns) in ((root, pair) for root in roots for pair in _pairs(node, root)):
-        scope = Scope(root, axes_of(root, (rows, columns)), None, read)
+    places = [(root, pair) for root in roots for pair in _pairs(node, root)]
+    for start, (rows, columns) in places:
+        scope = Scope(start, axes_of(start, (rows, columns)), None, read)
         read_onward(scope, lambda _, __: False)
         found = _longest(scope, rows, columns)
         if found is None:
             continue
-        if not _is_mixing(found.node) or not _is_coefficient(root):
+        if not _is_mixing(found.node) or not _is_coefficient(start):
             return None
         if len(found.node.users) > 1 or not is_private(scope, found.found.entries, (found.node,)):
             return "its mixing matrix is read elsewhere too"
@@ -176,9 +177,14 @@ def _is_coefficient(logits: Node) -> bool:
 def _is_outer(node: Node) -> bool:
     """Whether an operation pairs every entry of one operand with every entry of another."""
     sizes = [numel(source) for source in node.all_input_nodes if is_float_tensor(source)]
-    return op_name(node) not in ("cat", "stack") and len(sizes) > 1 and numel(node) not in (
-        *sizes,
-        1,
+    return (
+        op_name(node) not in ("cat", "stack")
+        and len(sizes) > 1
+        and numel(node)
+        not in (
+            *sizes,
+            1,
+        )
     )
 
 

@@ -41,10 +41,11 @@ def _direct(node: Node) -> Iterator[State]:
         yield from _of_sum(node)
     elif name in ("matmul", "bmm", "baddbmm"):
         left, right = node.args[-2:] if name == "baddbmm" else node.args[:2]
-        if isinstance(left, Node) and isinstance(right, Node):
-            if len(dims(left)) > 2 and len(dims(right)) > 2:
-                yield right, -2, -1
-                yield left, -1, -2
+        if not (isinstance(left, Node) and isinstance(right, Node)):
+            return
+        if len(dims(left)) > 2 and len(dims(right)) > 2:
+            yield right, -2, -1
+            yield left, -1, -2
     elif name == "einsum":
         yield from _of_einsum(node)
     elif name in ("unbind", "select", "getitem"):

@@ -71,9 +71,7 @@ class Rewriter:
             state = self._state(before, scope, site.spec.streams)
             dtype = _state_dtype(state.dtype, update)
             streams = before.cast(state.node, state.dtype, dtype)
-            parameters = Parameters(
-                before, scope, site.spec.streams, (site.read.node, update.node)
-            )
+            parameters = Parameters(before, scope, site.spec.streams, (site.read.node, update.node))
             phi = parameters.phi(site.groups)
             bias, alpha = parameters.bias(site.groups, phi), parameters.alpha(site.groups, phi)
             made = before.call(_OPS.pre.default, streams, phi, bias, alpha, text)

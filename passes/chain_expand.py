@@ -1,6 +1,6 @@
 """Recognise how a state starts: one tensor repeated into every stream.
 
-    X = x.unsqueeze(-2).expand(..., n, C)      in any spelling  ->  expand(x, n)
+X = x.unsqueeze(-2).expand(..., n, C)      in any spelling  ->  expand(x, n)
 """
 
 from torch.fx import Node

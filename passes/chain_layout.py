@@ -65,14 +65,12 @@ class Emitter:
             order = [left.index(axis) for axis in order]
         if order != list(range(len(order))):
             node = self.call(torch.permute, node, tuple(order))
-        at = 0
         for axis, dim in enumerate(want):
             parts = _parts(have, dim)
             if parts > 1:
-                node = self.call(torch.flatten, node, at, at + parts - 1)
+                node = self.call(torch.flatten, node, axis, axis + parts - 1)
             if not parts:
                 node = self.call(torch.unsqueeze, node, axis)
-            at += 1
         return node
 
     def pick(self, node: Node, rows: list[int], count: int, square: int) -> Node:

@@ -11,9 +11,9 @@ import torch
 from torch.fx import Node
 
 from mhc_compile.passes.axes import PERMUTATIONS, axis_order
-from mhc_compile.passes.chain_products import add_product, einsum, linear, matmul
+from mhc_compile.passes.chain_products import einsum, linear, matmul
 from mhc_compile.passes.chain_scope import Known, Scope
-from mhc_compile.passes.chain_terms import NotExpressible, Term
+from mhc_compile.passes.chain_terms import NotExpressible
 from mhc_compile.passes.chain_values import (
     Value,
     broadcast,
@@ -383,8 +383,6 @@ def _product_added(scope: Scope, node: Node) -> Value:
         raise NotExpressible("a scaled operation")
     product = matmul(scope, node.args[1], node.args[2])
     return _combine(scope, "add", product, scope.operand(node.args[0], product))
-
-
 
 
 _RULES: dict[str, Rule] = {

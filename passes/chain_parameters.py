@@ -1,6 +1,6 @@
 """``phi``, ``bias`` and ``alpha`` of an op, put together from the model's own parameters.
 
-    phi[j C + c, k] = product of the vectors that logit k multiplies stream j with
+phi[j C + c, k] = product of the vectors that logit k multiplies stream j with
 """
 
 import math
@@ -78,9 +78,9 @@ class Parameters:
         if all(factor == 1.0 and len(leaves) == 1 for factor, leaves in scales):
             leaves = [leaf for _, (leaf,) in scales]
             node = leaves[0].args[0]
-            if [leaf.args[:2] for leaf in leaves] == [(node, i) for i in range(len(leaves))]:
-                if math.prod(dims(node)) == len(leaves):
-                    return self._flat(self._ready(node))
+            wanted = [(node, i) for i in range(math.prod(dims(node)))]
+            if [leaf.args[:2] for leaf in leaves] == wanted:
+                return self._flat(self._ready(node))
         numbers = [self._number(factor, leaves, phi) for factor, leaves in scales]
         return self.emitter.call(torch.stack, numbers)
 

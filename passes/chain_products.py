@@ -11,9 +11,7 @@ from mhc_compile.passes.chain_values import Value, broadcast, permute, summed
 from mhc_compile.passes.values import dims
 
 
-def contract(
-    scope: Scope, a: Any, a_labels: str, b: Any, b_labels: str, out_labels: str
-) -> Value:
+def contract(scope: Scope, a: Any, a_labels: str, b: Any, b_labels: str, out_labels: str) -> Value:
     """The product of two tensors, summed over the labels that ``out_labels`` lacks.
 
     Raises:

@@ -6,6 +6,7 @@ with sums over columns and rows in turn. Softmax is such a step, and so is a log
 ``exp`` (`chain_terms` makes quotients of both). Entries are [out, in] throughout.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def find_sinkhorn(matrix: Matrix) -> Sinkhorn | str:
     steps, stages, start = _peel(matrix)
     if len(steps) < 2:
         return "its mixing matrix is not made by normalising rows and columns in turn"
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         if before.axis == after.axis:
             name = "columns" if after.axis == COLUMNS else "rows"
             return f"its Sinkhorn iteration normalises {name} twice in succession"

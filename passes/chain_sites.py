@@ -201,9 +201,7 @@ def match_head(reading: Reading, read: Read) -> Site:
         raise Refused("the weights of its head are no gates of size 1")
     groups = (tuple(gate.logit for gate in gates),)
     _check_groups(groups)
-    spec = SiteSpec(
-        streams=reading.streams, pre_eps=gates[0].eps, norm_eps=gates[0].logit.norm_eps
-    )
+    spec = SiteSpec(streams=reading.streams, pre_eps=gates[0].eps, norm_eps=gates[0].logit.norm_eps)
     return Site(spec, read, groups)
 
 

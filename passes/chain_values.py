@@ -224,7 +224,8 @@ def join(values: Sequence[Value], axis: int) -> Value:
     """Concatenation along an enumerated axis."""
     lead = [permute(value, _to_front(len(value.dims), axis)) for value in values]
     rest = lead[0].dims[1:]
-    count, items = 0, ()
+    count = 0
+    items: tuple[Term, ...] = ()
     for value in lead:
         kinds = {atom.kind for atom in value.dims[0]}
         if value.dims[1:] != rest or kinds - {"small"}:
@@ -232,7 +233,7 @@ def join(values: Sequence[Value], axis: int) -> Value:
         count += math.prod(atom.size for atom in value.dims[0])
         items += value.items
     joined = Value((small(count), *rest), items)
-    order = list(range(1, axis + 1)) + [0] + list(range(axis + 1, len(joined.dims)))
+    order = [*list(range(1, axis + 1)), 0, *list(range(axis + 1, len(joined.dims)))]
     return permute(joined, order)
 
 
@@ -339,4 +340,3 @@ def reduced_groups(value: Value, axes: Sequence[int]) -> Reduced:
     )
     groups = tuple(moved.items[i : i + inner] for i in range(0, len(moved.items), inner))
     return Reduced(groups, value.dims, tuple(axes))
-

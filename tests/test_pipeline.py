@@ -45,7 +45,11 @@ def test_passes_that_only_improve_can_be_left_out_by_name():
 
 
 def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
-    passes = [*canonical_passes("auto", []), *rewrite_passes(Widening(Plan(), {})), *improving_passes()]
+    passes = [
+        *canonical_passes("auto", []),
+        *rewrite_passes(Widening(Plan(), {})),
+        *improving_passes(),
+    ]
     for _, function in passes:
         gm = graph_module()
         assert function(gm, ()) == PassResult(gm, False)

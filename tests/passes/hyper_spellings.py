@@ -25,7 +25,9 @@ class Site(nn.Module):
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(-2)
-        return F.linear(flat, self.fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + NORM_EPS)
+        return F.linear(flat, self.fn) * torch.rsqrt(
+            flat.square().mean(-1, keepdim=True) + NORM_EPS
+        )
 
     def logits(self, x: torch.Tensor) -> Tensors:
         parts = self.hidden(x).split([self.n, self.n, self.n**2], -1)
@@ -322,6 +324,7 @@ SPELLINGS: dict[type[Site], str] = {
     FlatTokens: "sinkhorn",
 }
 """Each way of writing, and the constraint it amounts to."""
+
 
 class LacksAColumnStep(Site):
     def mixing(self, h: torch.Tensor) -> torch.Tensor:
