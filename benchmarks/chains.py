@@ -11,6 +11,7 @@ the clock on the wall. The number of graph nodes is that of the captured graph b
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -72,25 +73,35 @@ class SiteStep(nn.Module):
         return out
 
 
-def site_subject(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """The site, and what a step of it is."""
+Step = Callable[[Any], object]
+"""Forward and backward through a compiled model."""
+
+
+def site_subject(options: argparse.Namespace) -> tuple[nn.Module, Step]:
+    """The site, and the gradients of its state and parameters for a given gradient."""
     model = SiteStep(options.width, 4, options.iters)
     state = torch.randn(1, options.tokens, 4, options.width, requires_grad=True)
-    return model, lambda call: call(state).square().mean()
+    leaves, grad = [state, *model.parameters()], torch.randn_like(state)
+    return model, lambda call: torch.autograd.grad(call(state), leaves, grad)
 
 
-def model_subject(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Any], torch.Tensor]]:
-    """A small DeepSeek-V4 language model, and what a step of it is."""
+def model_subject(options: argparse.Namespace) -> tuple[nn.Module, Step]:
+    """A small DeepSeek-V4 language model, and the gradients of its loss."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     config = DeepseekV4Config(
-        vocab_size=256, hidden_size=256, moe_intermediate_size=128, num_hidden_layers=2,
+        vocab_size=256, hidden_size=256, moe_intermediate_size=128, num_hidden_layers=options.layers,
         num_attention_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
         max_position_embeddings=512, hc_mult=4, hc_sinkhorn_iters=options.iters,
     )  # fmt: skip
     model = DeepseekV4ForCausalLM(config)
     ids = torch.randint(0, 256, (1, 256))
-    return model, lambda call: call(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def step(call: Any) -> object:
+        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    return model, step
 
 
 _SUBJECTS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
@@ -102,9 +113,9 @@ _SUBJECTS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
 def measure(subject: str, options: argparse.Namespace) -> list[Row]:
     """Compile one subject with each backend, then time its steps by turns."""
     torch.manual_seed(0)
-    model, loss = _SUBJECTS[subject](options)
-    nodes = dict(zip(_BACKENDS, count_nodes(model, loss), strict=True))
-    steps: dict[str, Callable[[], None]] = {}
+    model, run = _SUBJECTS[subject](options)
+    nodes = dict(zip(_BACKENDS, count_nodes(model, run), strict=True))
+    steps: dict[str, Callable[[], object]] = {}
     compiling: dict[str, float] = {}
     for backend in _BACKENDS:
         # A folder for each: what one has compiled must not help the other.
@@ -112,10 +123,7 @@ def measure(subject: str, options: argparse.Namespace) -> list[Row]:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=backend)
 
-        def step(compiled: Any = compiled) -> None:
-            model.zero_grad()
-            loss(compiled).backward()  # type: ignore[no-untyped-call]
-
+        step = functools.partial(run, compiled)
         start = time.perf_counter()
         step()
         compiling[backend], steps[backend] = time.perf_counter() - start, step
@@ -138,7 +146,7 @@ def measure(subject: str, options: argparse.Namespace) -> list[Row]:
     ]
 
 
-def count_nodes(model: nn.Module, loss: Callable[[Any], torch.Tensor]) -> tuple[int, int]:
+def count_nodes(model: nn.Module, run: Step) -> tuple[int, int]:
     """Calls in the captured graphs, before and after the recognised pieces are replaced."""
     from mhc_compile._torch_private import copy_captured
     from mhc_compile.passes.canonicalize import canonicalize_pass
@@ -158,7 +166,7 @@ def count_nodes(model: nn.Module, loss: Callable[[Any], torch.Tensor]) -> tuple[
         return gm.forward
 
     torch._dynamo.reset()
-    loss(torch.compile(model, backend=backend))
+    run(torch.compile(model, backend=backend))
     return counts[0], counts[1]
 
 
@@ -168,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(_SUBJECTS), default=tuple(_SUBJECTS))
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--iters", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -139,7 +139,7 @@ def _step(call: Callable[..., Any], model: nn.Module, ids: torch.Tensor) -> list
 @pytest.mark.parametrize("n", [2, 4])
 def test_every_site_and_the_head_of_deepseek_v4_are_recognised(n: int) -> None:
     pytest.importorskip("transformers")
-    model = _causal_lm("DeepseekV4", hc_mult=n, hc_sinkhorn_iters=20)
+    model = _causal_lm("DeepseekV4", hc_mult=n, hc_sinkhorn_iters=20 if n == 4 else 4)
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
     plain, *right = _step(torch.compile(model, backend="eager"), model, ids)
@@ -152,7 +152,7 @@ def test_every_site_and_the_head_of_deepseek_v4_are_recognised(n: int) -> None:
     compare(logits, plain, 5e-6)
     compare_gradients(mine, right, 5e-6)
     sites = [chain for chain in backend.chains if chain.kind == "site"]
-    assert all(site.before > 150 and site.after < 20 for site in sites)
+    assert all(site.before > (150 if n == 4 else 50) and site.after < 20 for site in sites)
 
 
 @pytest.mark.slow
