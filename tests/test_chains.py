@@ -218,3 +218,10 @@ def test_rewrite_recognises_the_exported_graph() -> None:
     assert "mhc.collapse" in names
     compare(module(x), model(x), 2e-6)
     assert set(module.state_dict()) == set(model.state_dict())
+
+
+def test_stability_measures_sites_of_the_models_own() -> None:
+    report = mhc_compile.stability(Hyper(), _input())
+    assert [site.name.partition(":")[0] for site in report.sites] == ["hyper_spellings.py"] * 2
+    # eps in every division keeps rows a little below 1
+    assert all(0.9 < site.mixing.forward_gain <= 1.0 for site in report.sites)
