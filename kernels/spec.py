@@ -19,6 +19,10 @@ KERNELS = ("auto", "triton", "cpp", "reference")
 """What can compute the ops: the fastest that can, generated Triton or C++ or nothing else, plain
 torch."""
 
+EPS_PLACES = ("divisor", "entries", "both", "floor")
+"""``M / (sum + eps)``; ``(M + eps) / sum(M + eps)``; ``(M + eps) / (sum + eps)``;
+``M / max(sum, eps)``."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteSpec:
@@ -39,6 +43,8 @@ class SiteSpec:
     """Column-then-row normalisations of the two Sinkhorn constraints."""
     sinkhorn_eps: float = 0.0
     """Added to Sinkhorn divisors."""
+    eps_at: str = "divisor"
+    """Where "sinkhorn_exp" puts ``sinkhorn_eps``: one of `EPS_PLACES`."""
     pre_eps: float = 0.0
     """Added to the gate of H_pre and of the learned collapse."""
     norm_eps: float = 1e-6
@@ -55,6 +61,10 @@ class SiteSpec:
         if self.kernels not in KERNELS:
             raise KernelError(
                 f"kernels={self.kernels!r} is not allowed: use one of {', '.join(KERNELS)}"
+            )
+        if self.eps_at not in EPS_PLACES:
+            raise KernelError(
+                f"eps_at={self.eps_at!r} is not allowed: use one of {', '.join(EPS_PLACES)}"
             )
         _check_integer("streams", self.streams, 1, MAX_STREAMS)
         _check_integer("iters", self.iters, 1, math.inf)
@@ -121,6 +131,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "constraint": str,
     "iters": int,
     "sinkhorn_eps": float,
+    "eps_at": str,
     "pre_eps": float,
     "norm_eps": float,
     "dynamic": _read_bool,

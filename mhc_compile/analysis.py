@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from mhc_compile.config import FORM, MHCConfig
 from mhc_compile.hosts import HostedSite, Resolve, erase_markers, hosted_sites, marked_calls
+from mhc_compile.passes.chains import Chain
 from mhc_compile.passes.origins import part_origins
 from mhc_compile.passes.plan import Plan, PlannedSite, plan_trunks
 from mhc_compile.passes.residuals import find_residuals
@@ -28,6 +29,8 @@ class Analysis:
     plan: Plan
     markers: dict[tuple[int, str], nn.Module] = field(default_factory=dict)
     """Calls of converted modules in this graph."""
+    chains: list[Chain] = field(default_factory=list)
+    """Hand-written hyper-connections: those that are mhc ops now, and those that stay."""
 
     def host_of(self, planned: PlannedSite) -> nn.Module:
         """The module that keeps a planned site."""
@@ -37,19 +40,28 @@ class Analysis:
 
 
 def analyse(
-    gm: GraphModule, resolve: Resolve, refuse: Refuse, observe: Observer | None = None
+    gm: GraphModule,
+    resolve: Resolve,
+    refuse: Refuse,
+    observe: Observer | None = None,
+    *,
+    kernels: str = "auto",
 ) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
+
+    Hyper-connections that the model has of its own are mhc ops afterwards.
 
     Args:
         gm: a copy of a captured graph.
         resolve: modules of the graph's module calls.
         refuse: given all hosted sites, the ones to leave alone and why.
         observe: sees the graph as captured ("before"), and after each change.
+        kernels: what computes the ops in the place of hand-written hyper-connections.
     """
     if observe is not None:
         observe("before", gm)
-    run_passes(gm, (), canonical_passes(), observe)
+    chains: list[Chain] = []
+    run_passes(gm, (), canonical_passes(kernels, chains), observe)
     markers = marked_calls(gm.graph, resolve)
     erase_markers(gm.graph)
     gm.recompile()
@@ -58,7 +70,7 @@ def analyse(
         gm.recompile()
         residuals = find_residuals(gm.graph)
     hosted = hosted_sites(residuals, resolve)
-    return _planned(Analysis(gm, residuals, hosted, Plan(), markers), refuse)
+    return _planned(Analysis(gm, residuals, hosted, Plan(), markers, chains), refuse)
 
 
 def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> Analysis:

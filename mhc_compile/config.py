@@ -43,6 +43,7 @@ class MHCConfig:
     """Number n of residual streams, 1 to 16. 1 leaves every residual add as it is."""
     constraint: str = "sinkhorn"
     """How H_res is constrained: "sinkhorn" (the paper), "sinkhorn_softmax" (DeepSeek-V4's form),
+    "sinkhorn_exp" (an eps in the first division too),
     "identity", "none" (hyper-connections), "permutations" (mHC-lite), "kronecker" (KromHC),
     "orthogonal" (Cayley)."""
     sinkhorn_iters: int = 20

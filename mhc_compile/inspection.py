@@ -18,7 +18,7 @@ from mhc_compile.pipeline import canonical_passes
 from mhc_compile.report import Report
 
 _AFTER = 99
-_CAPTURED = frozenset({"before", *(name for name, _ in canonical_passes())})
+_CAPTURED = frozenset({"before", *(name for name, _ in canonical_passes("auto", []))})
 
 
 def trace_stages(

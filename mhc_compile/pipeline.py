@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.canonicalize import canonicalize_pass
+from mhc_compile.passes.chains import Chain, rewrite_chains_pass
 from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
@@ -19,9 +20,21 @@ OPTIONAL_PASSES = ("join_seams_pass",)
 """The passes that only improve a graph, and so can be switched off."""
 
 
-def canonical_passes() -> list[tuple[str, Pass]]:
-    """What happens to a captured graph before it is analysed."""
-    return [("canonicalize_pass", canonicalize_pass)]
+def canonical_passes(kernels: str, chains: list[Chain]) -> list[tuple[str, Pass]]:
+    """What happens to a captured graph before its residuals are looked for, in order.
+
+    Args:
+        kernels: what computes new mhc ops, see `MHCConfig`.
+        chains: gets what is recognised of hand-written hyper-connections.
+    """
+    return [
+        ("canonicalize_pass", canonicalize_pass),
+        # Before residuals: a recognised state is no trunk, and what is left may hold plain ones.
+        (
+            "rewrite_chains_pass",
+            functools.partial(rewrite_chains_pass, kernels=kernels, found=chains),
+        ),
+    ]
 
 
 def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:

@@ -87,6 +87,22 @@ class RejectedAdd:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HandWritten:
+    """A piece of hyper-connections that the model has of its own."""
+
+    kind: str
+    """"site", "collapse", "expand", or "sinkhorn" for that part of a site alone."""
+    source: str
+    """``file.py:123`` of the value that the piece ends in."""
+    what: str
+    """The constants of the source, as the ops are told them; empty if it stays."""
+    operations: tuple[int, int]
+    """Operations of the captured graph that the piece took, and those in their place."""
+    reason: str = ""
+    """Why it stays as it is; empty if mhc ops replace it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Result of `explain` and `convert_`.
 
@@ -100,6 +116,8 @@ class Report:
     sites: tuple[Site, ...] = ()
     trunks: tuple[Trunk, ...] = ()
     rejected: tuple[RejectedAdd, ...] = ()
+    chains: tuple[HandWritten, ...] = ()
+    """Hyper-connections of the model's own, in the order of the graph."""
     notes: tuple[str, ...] = ()
     """Anything else a person should know, such as where the graph broke."""
     schema: int = field(default=SCHEMA_VERSION)

@@ -14,7 +14,7 @@ from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.owners import module_calls
 from mhc_compile.passes.plan import Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of, source_line
-from mhc_compile.report import RejectedAdd, Report, Site, Trunk
+from mhc_compile.report import HandWritten, RejectedAdd, Report, Site, Trunk
 from mhc_compile.uses import SiteUse
 
 _PROJECTED = (
@@ -40,6 +40,17 @@ def build_report(
         sites=tuple(_site(use, names, config, converted) for use in uses),
         trunks=_trunks(capture, uses, names, config.streams),
         rejected=_rejected(capture, names),
+        chains=tuple(
+            HandWritten(
+                kind=chain.kind,
+                source=chain.source,
+                what=chain.what,
+                operations=(chain.before, chain.after),
+                reason=chain.reason,
+            )
+            for analysis in capture.runs
+            for chain in analysis.chains
+        ),
         notes=_notes(capture),
     )
 

@@ -52,7 +52,9 @@ def rewrite(
     exported = _export(model, args, kwargs, dynamic_shapes)
     scope = _ExportScope(model)
     matches = Matches(scope, config)
-    analysis = analyse(exported, resolve_by_path(model), matches.refuse, observe)
+    analysis = analyse(
+        exported, resolve_by_path(model), matches.refuse, observe, kernels=config.kernels
+    )
     matches.check(analysis)
     built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}
     built.update(

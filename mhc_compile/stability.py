@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.states import COLLAPSE, PRE, SEAM, trunk_of_states
+from mhc_compile.passes.values import source_line
 from mhc_compile.rewrite import rewrite
 
 
@@ -173,8 +174,14 @@ def _argument(node: fx.Node, name: str) -> Any:
 
 
 def _site_name(node: fx.Node) -> str:
-    """``layers.3.add0`` of a site whose bias is ``layers.3.mhc.add0.bias``."""
-    owner, _, key = str(_argument(node, "bias").target).removesuffix(".bias").rpartition("mhc.")
+    """``layers.3.add0`` of a site whose bias is ``layers.3.mhc.add0.bias``.
+
+    A site that the model has written by hand is called by its source line.
+    """
+    bias = _argument(node, "bias")
+    if bias.op != "get_attr" or "mhc." not in bias.target:
+        return source_line(node)
+    owner, _, key = str(bias.target).removesuffix(".bias").rpartition("mhc.")
     return owner + key
 
 

@@ -34,6 +34,11 @@ def summary_line(report: Report) -> str:
     if left:
         text += f", {len(left)} left as {'it was' if len(left) == 1 else 'they were'}"
     text += f", {count(len(report.rejected), 'other add')}, {count(report.graphs, 'graph')}"
+    replaced = [chain for chain in report.chains if not chain.reason]
+    if replaced:
+        before, after = (sum(chain.operations[k] for chain in replaced) for k in (0, 1))
+        pieces = count(len(replaced), "hand-written piece")
+        text += f", {pieces} of hyper-connections replaced ({before} -> {after} operations)"
     parameters = sum(
         {site.name: site.parameters for site in taken}.values()
     )  # shared layers repeat
@@ -41,13 +46,13 @@ def summary_line(report: Report) -> str:
 
 
 def report_tables(report: Report, *, every_add: bool = False) -> list[Table]:
-    """The tables of a report: trunks, sites, other adds.
+    """The tables of a report: trunks, sites, hand-written hyper-connections, other adds.
 
     Args:
         report: what `mhc_compile.explain` or `mhc_compile.convert_` returned.
         every_add: list each rejected add, instead of a count and examples for each clause.
     """
-    tables = [_trunks(report), _sites(report.sites), _rejected(report, every_add)]
+    tables = [_trunks(report), _sites(report.sites), _chains(report), _rejected(report, every_add)]
     return [table for table in tables if table.rows]
 
 
@@ -130,6 +135,21 @@ def _costs(site: Site) -> tuple[str, str]:
 
 def _status(site: Site) -> str:
     return f"{site.status}: {site.choice}" if site.choice else site.status
+
+
+def _chains(report: Report) -> Table:
+    rows = [
+        (
+            chain.kind,
+            chain.source,
+            chain.what,
+            "" if chain.reason else "{} -> {}".format(*chain.operations),
+            f"left: {chain.reason}" if chain.reason else "replaced",
+        )
+        for chain in report.chains
+    ]
+    columns = ("piece", "source", "constants", "operations", "status")
+    return Table(title="Hand-written hyper-connections", columns=columns, rows=tuple(rows))
 
 
 def _rejected(report: Report, every_add: bool) -> Table:

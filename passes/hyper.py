@@ -6,16 +6,40 @@ sum (``H_res X + post * f`` in DeepSeek-V4, ``X A + X`` in AltUp). Attention has
 too, but computes each entry from two tokens: above them lies a product of two activations.
 """
 
+import operator
+
 from torch.fx import Node
 
+from mhc_compile.kernels.spec import MAX_STREAMS
 from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.states import POST, PRE
 from mhc_compile.passes.sums import SumTree
 from mhc_compile.passes.values import dims, is_tensor
 from mhc_compile.passes.vocabulary import LAYOUT, MATMUL, mixes
 from mhc_compile.passes.walks import plain_walk
 
-_MAX_STREAMS = 16
+
+def hyper_branches(index: FlowIndex) -> dict[Node, Node]:
+    """Nodes in the branches of sites that are mhc ops already, each with the post of its site."""
+    inside: dict[Node, Node] = {}
+    for post in index.nodes:
+        if post.target is POST:
+            for read in _branch_inputs(post):
+                branch = post.args[1]
+                assert isinstance(branch, Node)
+                inside.update(dict.fromkeys(index.between(read, (branch,)), post))
+    return inside
+
+
+def _branch_inputs(post: Node) -> list[Node]:
+    """What the pre of the same site reads out of the streams."""
+    node = post.args[2]
+    while isinstance(node, Node) and node.target is not PRE:
+        node = node.args[0] if node.args else None
+    if not isinstance(node, Node):
+        return []
+    return [part for part in node.users if part.target is operator.getitem and part.args[1] == 0]
 
 
 def stream_mix(index: FlowIndex, tree: SumTree) -> Node | None:
@@ -32,7 +56,7 @@ def stream_mix(index: FlowIndex, tree: SumTree) -> Node | None:
 def _mixes_streams(index: FlowIndex, matrix: Node) -> bool:
     """Whether ``matrix`` is square, small and folded from flat coefficients."""
     shape = dims(matrix)
-    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] not in range(2, _MAX_STREAMS + 1):
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] not in range(2, MAX_STREAMS + 1):
         return False
     folded = False
     stack, seen = [matrix], {matrix}

@@ -31,7 +31,7 @@ from torch.fx import Graph, Node
 from mhc_compile.passes.clauses import Failure, Parting, judge
 from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.forms import make_site
-from mhc_compile.passes.hyper import stream_mix
+from mhc_compile.passes.hyper import hyper_branches, stream_mix
 from mhc_compile.passes.nesting import settle
 from mhc_compile.passes.reasons import STREAMS, reject, streams_reason
 from mhc_compile.passes.sites import Residuals
@@ -54,6 +54,13 @@ def find_residuals(graph: Graph) -> Residuals:
             _refuse(index, tree, verdict, mix)
             for tree, verdict in zip(trees, verdicts, strict=True)
         ]
+    inside = hyper_branches(index)
+    verdicts = [
+        Failure(STREAMS, streams_reason(inside[tree.root]))
+        if isinstance(verdict, Parting) and tree.root in inside
+        else verdict
+        for tree, verdict in zip(trees, verdicts, strict=True)
+    ]
     found = [
         (tree, make_site(index, tree, verdict))
         for tree, verdict in zip(trees, verdicts, strict=True)

@@ -30,7 +30,10 @@ def replace_neg(gm, example_inputs):
 
 
 def test_the_passes_and_their_order_are_these():
-    assert [name for name, _ in canonical_passes()] == ["canonicalize_pass"]
+    assert [name for name, _ in canonical_passes("auto", [])] == [
+        "canonicalize_pass",
+        "rewrite_chains_pass",
+    ]
     assert [name for name, _ in rewrite_passes(Widening(Plan(), {}))] == ["widen_trunks_pass"]
     assert [name for name, _ in improving_passes()] == ["join_seams_pass"]
     names = [name for name, _ in improving_passes(recompute="auto")]
@@ -42,7 +45,11 @@ def test_passes_that_only_improve_can_be_left_out_by_name():
 
 
 def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
-    passes = [*canonical_passes(), *rewrite_passes(Widening(Plan(), {})), *improving_passes()]
+    passes = [
+        *canonical_passes("auto", []),
+        *rewrite_passes(Widening(Plan(), {})),
+        *improving_passes(),
+    ]
     for _, function in passes:
         gm = graph_module()
         assert function(gm, ()) == PassResult(gm, False)

@@ -10,6 +10,7 @@ from mhc_compile.kernels.constraints.none import Unconstrained
 from mhc_compile.kernels.constraints.orthogonal import Orthogonal
 from mhc_compile.kernels.constraints.permutations import Permutations
 from mhc_compile.kernels.constraints.sinkhorn import Sinkhorn
+from mhc_compile.kernels.constraints.sinkhorn_exp import SinkhornExp
 from mhc_compile.kernels.constraints.sinkhorn_softmax import SinkhornSoftmax
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -18,6 +19,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     for constraint in (
         Sinkhorn(),
         SinkhornSoftmax(),
+        SinkhornExp(),
         Identity(),
         Unconstrained(),
         Permutations(),

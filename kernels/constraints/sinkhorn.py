@@ -10,7 +10,7 @@ from mhc_compile.kernels.constraints.sinkhorn_triton import sinkhorn_triton
 from mhc_compile.kernels.spec import SiteSpec
 
 # Iterates are [out, in, tokens]: tokens innermost make every step a few long vector operations.
-_COLUMN, _ROW = 0, 1  # the axis that a column sum, and a row sum, runs over
+COLUMN, ROW = 0, 1  # the axis that a column sum, and a row sum, runs over
 
 
 class Sinkhorn(Constraint):
@@ -31,37 +31,37 @@ class Sinkhorn(Constraint):
 
     def matrix(self, logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
         """Make H_res ``[..., n, n]``; see `Constraint.matrix`."""
-        h = _tokens_last(logits, spec.streams)
+        h = tokens_last(logits, spec.streams)
         matrix = self._first_iteration(h, spec)[-1]
-        for axis in (_COLUMN, _ROW) * (spec.iters - 1):
+        for axis in (COLUMN, ROW) * (spec.iters - 1):
             matrix = matrix / (matrix.sum(axis, keepdim=True) + spec.sinkhorn_eps)
-        return _tokens_first(matrix).reshape(*logits.shape[:-1], spec.streams, spec.streams)
+        return tokens_first(matrix).reshape(*logits.shape[:-1], spec.streams, spec.streams)
 
     def matrix_backward(
         self, grad: torch.Tensor, logits: torch.Tensor, spec: SiteSpec
     ) -> torch.Tensor:
         """Gradient of the same ``iters`` iterations (not of their limit), replayed in reverse."""
         eps = spec.sinkhorn_eps
-        h = _tokens_last(logits, spec.streams)
+        h = tokens_last(logits, spec.streams)
         start, divisor, matrix = self._first_iteration(h, spec)
         first_row = matrix
         trace = []
-        for axis in (_COLUMN, _ROW) * (spec.iters - 1):
+        for axis in (COLUMN, ROW) * (spec.iters - 1):
             sums = matrix.sum(axis, keepdim=True) + eps
             matrix = matrix / sums
             trace.append((matrix, sums, axis))
 
-        g = _tokens_last(grad.flatten(-2), spec.streams)
+        g = tokens_last(grad.flatten(-2), spec.streams)
         # y = x / (sum(x) + eps), hence gx = (gy - sum(gy y)) / (sum(x) + eps).
         for matrix, sums, axis in reversed(trace):
             g = (g - (g * matrix).sum(axis, keepdim=True)) / sums
         if eps == 0.0:
-            g = softmax_backward(g, first_row, _ROW)
-            g = g - start * g.sum(_COLUMN, keepdim=True)
+            g = softmax_backward(g, first_row, ROW)
+            g = g - start * g.sum(COLUMN, keepdim=True)
         else:
-            g = (g - (g * first_row).sum(_ROW, keepdim=True)) / divisor
-            g = softmax_backward(g, start, _COLUMN)
-        return _tokens_first(g).reshape(logits.shape)
+            g = (g - (g * first_row).sum(ROW, keepdim=True)) / divisor
+            g = softmax_backward(g, start, COLUMN)
+        return tokens_first(g).reshape(logits.shape)
 
     def cpp(self, spec: SiteSpec) -> str:
         """The same steps; see `Constraint.cpp`."""
@@ -88,18 +88,20 @@ class Sinkhorn(Constraint):
         if eps == 0.0:
             # A row far below its columns' maxima underflows to 0 / 0 unless this step is taken on
             # logarithms. Later steps cannot: from here on every sum is at least 1 / n^2.
-            log_start = h.log_softmax(_COLUMN)
+            log_start = h.log_softmax(COLUMN)
             start = log_start.exp()
-            return start, start.sum(_ROW, keepdim=True), log_start.softmax(_ROW)
-        start = h.softmax(_COLUMN)
+            return start, start.sum(ROW, keepdim=True), log_start.softmax(ROW)
+        start = h.softmax(COLUMN)
         matrix = start + eps if self.start_eps else start
-        divisor = matrix.sum(_ROW, keepdim=True) + eps
+        divisor = matrix.sum(ROW, keepdim=True) + eps
         return start, divisor, matrix / divisor
 
 
-def _tokens_last(logits: torch.Tensor, streams: int) -> torch.Tensor:
+def tokens_last(logits: torch.Tensor, streams: int) -> torch.Tensor:
+    """Logits ``[..., n * n]`` as ``[n, n, T]``, contiguous."""
     return logits.reshape(-1, streams, streams).permute(1, 2, 0).contiguous()
 
 
-def _tokens_first(matrix: torch.Tensor) -> torch.Tensor:
+def tokens_first(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix ``[n, n, T]`` as ``[T, n, n]``, contiguous."""
     return matrix.permute(2, 0, 1).contiguous()

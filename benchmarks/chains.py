@@ -1,0 +1,212 @@
+"""Hand-written hyper-connections: backend "mhc" against plain Inductor, on the CPU.
+
+    python -m benchmarks.chains [--only site model] [--iters 20] [--repeat 20] [--json FILE]
+
+Two subjects: one site as transformers' DeepSeek-V4 writes it (its module, a pointwise branch, the
+merge), and a training step of a small ``DeepseekV4ForCausalLM``. Both are compiled from cold
+caches of their own and run by turns in one process on one thread: with ``torch.compile(model)``,
+and with ``torch.compile(model, backend="mhc")``, which recognises the site and is told nothing;
+once as it is by default, which saves memory by recomputing, and once keeping everything.
+Times are CPU time of the thread; compilation, whose C++ compilers are other processes, is timed on
+the clock on the wall. The number of graph nodes is that of the captured graph before and after.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+_BACKENDS: dict[str, dict[str, Any]] = {
+    "inductor": {"backend": "inductor"},
+    "mhc": {"backend": "mhc"},
+    "mhc, nothing recomputed": {"backend": "mhc", "options": {"recompute": "off"}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One subject under one backend."""
+
+    subject: str
+    backend: str
+    compile_s: float
+    minimum_ms: float
+    median_ms: float
+    nodes: int
+    """Calls in the graphs that are compiled."""
+
+
+class SiteStep(nn.Module):
+    """One DeepSeek-V4 site around ``tanh``."""
+
+    def __init__(self, width: int, streams: int, iters: int) -> None:
+        super().__init__()
+        from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+        self.connection = modeling.DeepseekV4HyperConnection(
+            SimpleNamespace(
+                hc_mult=streams,
+                hc_sinkhorn_iters=iters,
+                hc_eps=1e-6,
+                rms_norm_eps=1e-6,
+                hidden_size=width,
+            )
+        )
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """``[B, T, n, C]`` to the next state."""
+        post, comb, u = self.connection(state)
+        written = post.unsqueeze(-1) * torch.tanh(u).unsqueeze(-2)
+        out = written + torch.matmul(comb.transpose(-1, -2), state)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+Step = Callable[[Any], object]
+"""Forward and backward through a compiled model."""
+
+
+def site_subject(options: argparse.Namespace) -> tuple[nn.Module, Step]:
+    """The site, and the gradients of its state and parameters for a given gradient."""
+    model = SiteStep(options.width, 4, options.iters)
+    state = torch.randn(1, options.tokens, 4, options.width, requires_grad=True)
+    leaves, grad = [state, *model.parameters()], torch.randn_like(state)
+    return model, lambda call: torch.autograd.grad(call(state), leaves, grad)
+
+
+def model_subject(options: argparse.Namespace) -> tuple[nn.Module, Step]:
+    """A small DeepSeek-V4 language model, and the gradients of its loss."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    config = DeepseekV4Config(
+        vocab_size=256, hidden_size=256, moe_intermediate_size=128,
+        num_hidden_layers=options.layers, num_attention_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        max_position_embeddings=512, hc_mult=4, hc_sinkhorn_iters=options.iters,
+    )  # fmt: skip
+    model = DeepseekV4ForCausalLM(config)
+    ids = torch.randint(0, 256, (1, 256))
+
+    def step(call: Any) -> object:
+        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    return model, step
+
+
+_SUBJECTS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
+    "site": site_subject,
+    "model": model_subject,
+}
+
+
+def measure(subject: str, options: argparse.Namespace) -> list[Row]:
+    """Compile one subject with each backend, then time its steps by turns."""
+    torch.manual_seed(0)
+    model, run = _SUBJECTS[subject](options)
+    before, after = count_nodes(model, run)
+    steps: dict[str, Callable[[], object]] = {}
+    compiling: dict[str, float] = {}
+    for backend, settings in _BACKENDS.items():
+        # A folder for each: what one has compiled must not help the other.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, **settings)
+
+        step = functools.partial(run, compiled)
+        start = time.perf_counter()
+        step()
+        compiling[backend], steps[backend] = time.perf_counter() - start, step
+    times: dict[str, list[float]] = {backend: [] for backend in _BACKENDS}
+    for _ in range(options.repeat + 1):
+        for backend, step in steps.items():
+            start = time.thread_time()
+            step()
+            times[backend].append((time.thread_time() - start) * 1e3)
+    return [
+        Row(
+            subject,
+            backend,
+            compiling[backend],
+            min(values[1:]),
+            statistics.median(values[1:]),
+            before if backend == "inductor" else after,
+        )
+        for backend, values in times.items()
+    ]
+
+
+def count_nodes(model: nn.Module, run: Step) -> tuple[int, int]:
+    """Calls in the captured graphs, before and after the recognised pieces are replaced."""
+    from mhc_compile._torch_private import copy_captured
+    from mhc_compile.passes.canonicalize import canonicalize_pass
+    from mhc_compile.passes.chains import rewrite_chains_pass
+
+    counts = [0, 0]
+
+    def calls(gm: torch.fx.GraphModule) -> int:
+        return sum(node.op.startswith("call") for node in gm.graph.nodes)
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        copy, _ = copy_captured(gm)
+        canonicalize_pass(copy, ())
+        counts[0] += calls(copy)
+        rewrite_chains_pass(copy, (), kernels="auto", found=[])
+        counts[1] += calls(copy)
+        return gm.forward
+
+    torch._dynamo.reset()
+    run(torch.compile(model, backend=backend))
+    return counts[0], counts[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print a table, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=tuple(_SUBJECTS), default=tuple(_SUBJECTS))
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--iters", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = [row for subject in options.only for row in measure(subject, options)]
+    columns = ("subject", "backend", "compile s", "min ms", "median ms", "graph nodes")
+    table = Table(*columns, title=f"forward + backward, {options.iters} Sinkhorn iterations")
+    for row in rows:
+        numbers = (f"{n:.2f}" for n in (row.compile_s, row.minimum_ms, row.median_ms))
+        table.add_row(row.subject, row.backend, *numbers, str(row.nodes))
+    Console().print(table)
+    if options.json is not None:
+        machine = {
+            "machine": platform.machine(),
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+            "threads": 1,
+            "iters": options.iters,
+            "tokens": options.tokens,
+            "width": options.width,
+        }
+        result = {"machine": machine, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
