@@ -214,6 +214,34 @@ def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
     )
 
 
+def trace_autograd(
+    gm: GraphModule, inputs: Sequence[Any], see: Callable[[str, GraphModule], None]
+) -> None:
+    """Show what AOTAutograd makes of a graph: "joint", "fw" and "bw"; without gradients "fw"."""
+    from torch._functorch.compilers import nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        see("joint", joint)  # the partitioner changes it
+        forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        see("fw", forward)
+        see("bw", backward)
+        return forward, backward
+
+    def inference(forward: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        see("fw", forward)
+        return nop(forward, example_inputs)
+
+    aot_autograd(fw_compiler=nop, inference_compiler=inference, partition_fn=partition)(gm, inputs)
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace (``TORCH_TRACE``), where tlparse lists it."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload
+    )
+
+
 def passing_through(error: Exception) -> Exception:
     """``error`` as an exception that Dynamo hands to the user as it is.
 

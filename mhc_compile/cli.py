@@ -17,7 +17,9 @@ from mhc_compile.convert import explain
 from mhc_compile.dump import write_dump
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.inspection import trace_stages
+from mhc_compile.pictures.build import COLLAPSE, MAX_NODES
 from mhc_compile.render import progress, show, show_error
+from mhc_compile.stages import CUSTOM, DIALECTS, FORMATS, PHASES, DumpOptions
 from mhc_compile.tables import report_tables, summary_line, verify_tables
 from mhc_compile.targets import Built, build_target, parse_settings
 from mhc_compile.verify import verify
@@ -34,7 +36,7 @@ _CONFIG_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "--sinkhorn-eps": ("sinkhorn_eps", float, "added to Sinkhorn divisors"),
     "--pre-eps": ("pre_eps", float, "added to the gate of H_pre"),
     "--norm-eps": ("norm_eps", float, "inside the root of the RMS norm"),
-    "--collapse": ("collapse", str, "how the streams become one again"),
+    "--stream-collapse": ("collapse", str, "how the streams become one again"),
     "--init": ("init", str, "initialisation of the new parameters"),
 }
 
@@ -73,16 +75,29 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _dump(options: argparse.Namespace) -> int:
+    wanted = DumpOptions(
+        formats=tuple(options.format.split(",")),
+        stage=options.stage,
+        phases=PHASES if options.phase == "all" else (options.phase,),
+        collapse=options.detail,
+        fold=options.fold,
+        max_nodes=options.max_nodes,
+        mlir_dialect=options.mlir_dialect,
+        mlir_custom=options.mlir_custom,
+    )
     with progress("dump") as tell:
         model, args, kwargs = _build(options, tell)
         tell("rewriting")
-        report, stages = trace_stages(model, *args, config=_config(options), **kwargs)
+        report, recorder = trace_stages(
+            model, *args, config=_config(options), options=wanted, **kwargs
+        )
         tell("writing")
-        files = write_dump(options.out, stages, report)
+        files = write_dump(options.out, recorder, report)
     if options.json:
         print(json.dumps({"files": [str(file) for file in files]}, indent=2))
     else:
-        where = f"{len(files)} files in {options.out}, to start with graph_0/fw/before_after.diff"
+        first = "index.html" if "html" in wanted.formats else "graph_0/fw/before_after.diff"
+        where = f"{len(files)} files in {options.out}, to start with {first}"
         show(f"{summary_line(report)}\n{where}", (), report.notes)
     return _require_match(options, found=bool(report.converted))
 
@@ -131,6 +146,37 @@ def _parser() -> argparse.ArgumentParser:
 
     dump = _verb(verbs, "dump", _dump, "write the graphs before and after each pass")
     dump.add_argument("--out", type=Path, default=Path("mhc_dump"), help="folder (%(default)s)")
+
+    dump.add_argument(
+        "--format",
+        default="txt,html",
+        help=f"comma-separated, of {', '.join(FORMATS)} (%(default)s)",
+    )
+    dump.add_argument("--stage", default="all", help="all, before, after or a pass (%(default)s)")
+    dump.add_argument(
+        "--phase",
+        choices=(*PHASES, "all"),
+        default="fw",
+        help="Dynamo's graph, or AOTAutograd's backward or joint graph (%(default)s)",
+    )
+    pictures = dump.add_argument_group("pictures")
+    pictures.add_argument(  # the field of MHCConfig has its name too
+        "--collapse", dest="detail", choices=COLLAPSE, default="auto", help="level of detail"
+    )
+    pictures.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw identical layers once",
+    )
+    pictures.add_argument(
+        "--max-nodes", type=int, default=MAX_NODES, help="collapse further beyond (%(default)s)"
+    )
+    mlir = dump.add_argument_group("format mlir (needs the extra: pip install mhc-compile[mlir])")
+    mlir.add_argument("--mlir-dialect", choices=DIALECTS, default="torch")
+    mlir.add_argument(
+        "--mlir-custom", choices=CUSTOM, default="opaque", help="mhc ops as calls, or written out"
+    )
 
     for verb in (listing, dump):
         verb.add_argument(

@@ -11,25 +11,26 @@ from torch.fx import GraphModule
 from mhc_compile._torch_private import reset_dynamo
 from mhc_compile.backend import compile_frame
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import convert_observed, is_converted, revert_
-from mhc_compile.dump import Stage
-from mhc_compile.passes.annotate import annotate_values
-from mhc_compile.pipeline import canonical_passes
+from mhc_compile.convert import convert_, is_converted, revert_
+from mhc_compile.recorder import Recorder
 from mhc_compile.report import Report
-
-_AFTER = 99
-_CAPTURED = frozenset({"before", *(name for name, _ in canonical_passes())})
+from mhc_compile.stages import DumpOptions
 
 
 def trace_stages(
-    model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any
-) -> tuple[Report, list[Stage]]:
+    model: nn.Module,
+    *args: Any,
+    config: MHCConfig | None = None,
+    options: DumpOptions | None = None,
+    **kwargs: Any,
+) -> tuple[Report, Recorder]:
     """Convert ``model``, record its graphs before and after each pass, and convert it back.
 
     Args:
         model: any module; a converted one stays converted.
         *args: example inputs, as the model takes them.
         config: choices; the defaults if None.
+        options: what to keep of the graphs.
         **kwargs: further example inputs.
 
     Returns:
@@ -37,28 +38,11 @@ def trace_stages(
     """
     config = config or MHCConfig()
     converted_before = is_converted(model)
-    stages: list[Stage] = []
-
-    def record(graph: int, name: str, changed: GraphModule) -> None:
-        number = sum(1 for stage in stages if stage.graph == graph)
-        stages.append(Stage(graph, number, name, _text(changed)))
-
-    # The plain graphs come from the capture: those of the converted model hold markers.
-    report = convert_observed(model, args, kwargs, config, record)
-    compiled = 0
+    recorder = Recorder(options or DumpOptions())
+    report = convert_(model, *args, config=config, **kwargs)
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        nonlocal compiled
-        graph, compiled = compiled, compiled + 1
-
-        def observe(name: str, changed: GraphModule) -> None:
-            if name not in _CAPTURED:
-                record(graph, name, changed)
-
-        function = compile_frame(gm, replace(config, inner="eager"), observe=observe)
-        last = next(stage for stage in reversed(stages) if stage.graph == graph)
-        stages.append(Stage(graph, _AFTER, "after", last.text))
-        return function
+        return compile_frame(gm, replace(config, inner="eager"), recorder=recorder)
 
     try:
         torch.compile(model, backend=backend)(*args, **kwargs)
@@ -66,9 +50,4 @@ def trace_stages(
         reset_dynamo()
         if not converted_before:
             revert_(model)
-    return report, stages
-
-
-def _text(gm: GraphModule) -> str:
-    annotate_values(gm)
-    return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+    return report, recorder

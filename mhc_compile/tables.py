@@ -4,11 +4,15 @@
 the same bytes for the same report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from mhc_compile.report import Report, Site
-from mhc_compile.verify import VerifyReport
+from mhc_compile.stages import Stage, count_changes
+
+if TYPE_CHECKING:  # verify compiles, and the backend writes dumps with tables
+    from mhc_compile.verify import VerifyReport
 
 _EXAMPLES = 3
 
@@ -138,7 +142,31 @@ def _shape(shape: Sequence[int | str]) -> str:
     return "x".join(map(str, shape))
 
 
-def verify_tables(report: VerifyReport) -> list[Table]:
+def stage_table(stages: Sequence[Stage]) -> Table:
+    """How many operations each pass left, and which counts it changed."""
+    rows = []
+    for before, stage in zip([None, *stages], stages, strict=False):
+        changed = {} if before is None else count_changes(before.counts, stage.counts)
+        text = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items())
+        rows.append((stage.stem, f"{sum(stage.counts.values()):,}", text))
+    columns = ("stage", "operations", "changed")
+    return Table(title="Operations after each pass", columns=columns, rows=tuple(rows))
+
+
+def byte_table(traffic: Sequence[Mapping[str, Any]]) -> Table:
+    """Bytes of the mhc ops of a forward graph, as `mhc_compile.graph_text.traffic` counts them."""
+
+    def text(number: int | None) -> str:
+        return "depends on a size" if number is None else f"{number:,}"
+
+    rows = [
+        (row["op"], str(row["calls"]), text(row["read"]), text(row["written"])) for row in traffic
+    ]
+    columns = ("op", "calls", "bytes read", "bytes written")
+    return Table(title="Bytes of the mhc ops, forward", columns=columns, rows=tuple(rows))
+
+
+def verify_tables(report: "VerifyReport") -> list[Table]:
     """The checks of `mhc_compile.verify.verify`, and each site's errors."""
     checks = [
         (
