@@ -11,6 +11,8 @@ from mhc_compile.stages import Stage
 from mhc_compile.tables import Table, byte_table, report_tables, stage_table, summary_line
 
 _DIFF_LINES = 1500
+_SMALLEST = 0.75
+"""Pictures are not scaled down further than this."""
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #0f172a; margin: 0 auto;
@@ -20,12 +22,12 @@ a { color: #1d4ed8; } :focus-visible { outline: 3px solid #2563eb; outline-offse
 .pictures { display: flex; flex-wrap: wrap; gap: 24px; align-items: flex-start; }
 figure { margin: 0; flex: 1 1 420px; min-width: 0; }
 .scroll { overflow-x: auto; border: 1px solid #cbd5e1; border-radius: 8px; }
-.scroll svg { display: block; max-width: 100%; min-width: 540px; height: auto; margin: 0 auto; }
+.scroll svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { font-weight: 600; margin-bottom: 6px; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 caption { text-align: left; font-weight: 600; padding: 8px; }
 th, td { text-align: left; padding: 4px 8px; border-top: 1px solid #e2e8f0; vertical-align: top; }
-th { background: #f1f5f9; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { background: #f1f5f9; } .number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { font: 12px/1.45 "DejaVu Sans Mono", monospace; margin: 0; padding: 8px; }
 pre ins { background: #dcfce7; text-decoration: none; } pre del { background: #fee2e2;
   text-decoration: none; } pre b { color: #7c3aed; font-weight: 400; }
@@ -72,7 +74,7 @@ def _graph(graph: GraphRecord, *, alone: bool) -> Iterator[str]:
     for stage in graph.stages:
         if stage.view is not None:
             label = f"graph {graph.number} {stage.name} the rewrite"
-            svg = to_svg(stage.view, label).replace("<svg ", f'<svg id="{_svg_id(stage)}" ', 1)
+            svg = _no_smaller(to_svg(stage.view, label))
             yield (
                 f"<figure><figcaption>{stage.name.capitalize()}</figcaption>"
                 f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{svg}</div>'
@@ -126,7 +128,11 @@ def _code(markup: str, label: str) -> str:
 
 def _table(table: Table, linked: frozenset[str]) -> str:
     """A table; cells that name a line of ``linked`` lead there."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
+    columns = zip(table.columns, zip(*table.rows, strict=True), strict=True)
+    head = "".join(
+        f'<th scope="col"{_kind(all(map(_is_number, cells)))}>{escape(column)}</th>'
+        for column, cells in columns
+    )
     rows = "".join(f"<tr>{_cells(row, linked)}</tr>" for row in table.rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
@@ -141,8 +147,7 @@ def _cells(row: Sequence[str], linked: frozenset[str]) -> str:
         text = escape(cell)
         if cell in linked:
             text = f'<a href="#{_anchor(cell)}">{text}</a>'
-        number = ' class="number"' if cell.replace(",", "").replace(".", "").isdecimal() else ""
-        cells.append(f"<td{number}>{text}</td>")
+        cells.append(f"<td{_kind(_is_number(cell))}>{text}</td>")
     return "".join(cells)
 
 
@@ -150,5 +155,15 @@ def _anchor(name: str) -> str:
     return "source-" + "".join(c if c.isalnum() else "-" for c in name)
 
 
-def _svg_id(stage: Stage) -> str:
-    return f"picture-{stage.graph}-{stage.name}"
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").isdecimal()
+
+
+def _kind(is_number: bool) -> str:
+    return ' class="number"' if is_number else ""
+
+
+def _no_smaller(svg: str) -> str:
+    """The picture with a bound on how far a narrow window shrinks it; from there on it scrolls."""
+    width = float(svg.split('" width="', 1)[1].split('"', 1)[0])
+    return svg.replace("<svg ", f'<svg style="min-width:{width * _SMALLEST:.0f}px" ', 1)

@@ -88,8 +88,7 @@ class GraphRecord:
     def observe(self, name: str, gm: GraphModule) -> None:
         """See a graph as captured ("before"), or after a pass."""
         if name == "before":
-            gm, _ = copy_captured(gm)
-            erase_markers(gm.graph)
+            gm = _unmarked(gm)
         number = sum(stage.phase == "fw" for stage in self.stages)
         self._keep(gm, number, name)
 
@@ -111,6 +110,10 @@ class GraphRecord:
 
     def rewritten(self, gm: GraphModule, widening: Widening, inputs: Sequence[Any]) -> None:
         """See the result of all passes."""
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        for node, example in zip(placeholders, inputs, strict=True):
+            if value_of(node) is None:  # a state from another graph
+                node.meta["example_value"] = example
         self.nesting = self.nesting.with_lanes(widening.lanes)
         self._keep(gm, AFTER, "after")
         self.stages[-1] = replace(self.stages[-1], view=self._view(gm, rewritten_spine(gm.graph)))
@@ -159,6 +162,18 @@ class GraphRecord:
             f"{'>' if number == line else ' '} {number:5d}  {lines[number - 1]}"
             for number in numbers
         )
+
+
+def _unmarked(gm: GraphModule) -> GraphModule:
+    """A copy of a captured graph without the markers of converted modules, and their inputs."""
+    copy, _ = copy_captured(gm)
+    read = [n for n in copy.graph.nodes if n.op == "placeholder" and n.users]
+    erase_markers(copy.graph)
+    for placeholder in read:
+        if not placeholder.users:
+            copy.graph.erase_node(placeholder)
+    copy.recompile()
+    return copy
 
 
 def _kernel_sources(gm: GraphModule) -> Iterator[tuple[str, str]]:

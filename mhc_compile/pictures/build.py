@@ -83,12 +83,14 @@ class _Builder:
         index = {node: i for i, group in enumerate(groups) for node in group.nodes}
         edges = self._edges(groups, index)
         nodes = [self._view_node(group) for group in groups]
-        nodes, edges = _join_chains(nodes, edges)
+        if self.level != "none":
+            nodes, edges = _join_chains(nodes, edges)
         columns = _clear_of_trunks(nodes, edges)
         nodes = [replace(n, column=c) for n, c in zip(nodes, columns, strict=True)]
         notes = []
         if self.hidden:
-            notes.append(f"not drawn: {self.hidden} operations on sizes, positions and masks")
+            noun = "operation" if self.hidden == 1 else "operations"
+            notes.append(f"not drawn: {self.hidden} {noun} on sizes, positions and masks")
         return GraphView(tuple(nodes), tuple(sorted(edges)), notes=tuple(notes))
 
     def _calls_around_trunks(self) -> frozenset[str]:
@@ -115,7 +117,7 @@ class _Builder:
         for node in self.graph.nodes:
             if node in self.spine.parts:
                 continue
-            if node.op == "placeholder" and (is_state(node) or not self._is_read(node)):
+            if node.op == "placeholder" and not self._is_drawn_input(node):
                 continue
             if node.op == "get_attr":
                 continue
@@ -128,6 +130,9 @@ class _Builder:
                 groups.append(_Group(key))
             groups[-1].nodes.append(node)
         return groups
+
+    def _is_drawn_input(self, node: Node) -> bool:
+        return node in self.spine.states or (not is_state(node) and self._is_read(node))
 
     def _is_read(self, placeholder: Node) -> bool:
         return any(

@@ -22,6 +22,7 @@ def to_dot(view: GraphView, title: str) -> str:
     lines = [
         "digraph {",
         f"  label={_text(title)}; labelloc=t; newrank=true; nodesep=0.3; ranksep=0.35;",
+        '  graph [fontname="DejaVu Sans", fontsize=12, labeljust=l];',
         '  node [fontname="DejaVu Sans", fontsize=11, style="filled,rounded", margin="0.12,0.05"];',
         '  edge [arrowsize=0.7, fontname="DejaVu Sans", fontsize=9];',
     ]

@@ -5,11 +5,14 @@ if their boxes look alike and every box reads the same: the corresponding box of
 the run before, or the very same box outside (a mask, the output of an encoder).
 """
 
+import re
 from collections.abc import Sequence
 
 from mhc_compile.pictures.view import SPINE, Frame, GraphView, ViewEdge, ViewNode
 
 _LONGEST_LAYER = 250
+# The place of a module in a list, and of a site in its module.
+_NUMBER = re.compile(r"(?<=\.)\d+\b|\badd\d+\b")
 _Reads = frozenset[tuple[str, int]]
 """(kind, position) of what a box reads."""
 
@@ -50,7 +53,7 @@ def fold_layers(view: GraphView) -> GraphView:
 
 def _find_runs(view: GraphView) -> list[tuple[int, int, int]]:
     """(start, period, times) of what to fold, from top to bottom."""
-    looks = [(node.role, node.column, node.lines) for node in view.nodes]
+    looks = [(n.role, n.column, *(_NUMBER.sub("#", line) for line in n.lines)) for n in view.nodes]
     numbers = {look: number for number, look in enumerate(dict.fromkeys(looks))}
     alike = [numbers[look] for look in looks]
     reads = _reads(view)
@@ -162,7 +165,9 @@ def _label(first: Sequence[ViewNode], last: Sequence[ViewNode]) -> str:
     """``"h.0 … h.47"``: where the first and the last of a run lie."""
     paths = [_common([node.path for node in nodes]) for nodes in (first, last)]
     if paths[0] == paths[1]:
-        return paths[0]
+        named = [(a.lines[0], b.lines[0]) for a, b in zip(first, last, strict=True)]
+        differ = [f"{a} … {b}" for a, b in named if a != b and not a.startswith("mhc.")]
+        return paths[0] or "".join(differ[:1])
     return f"{paths[0]} … {paths[1]}"
 
 
