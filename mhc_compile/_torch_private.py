@@ -235,6 +235,17 @@ def trace_autograd(
     aot_autograd(fw_compiler=nop, inference_compiler=inference, partition_fn=partition)(gm, inputs)
 
 
+def custom_op_bodies(namespace: str) -> dict[Any, Callable[..., Any]]:
+    """Operator -> the Python function it was made from, for ``torch.library`` ops."""
+    from torch._library.custom_ops import OPDEFS
+
+    return {
+        definition._opoverload: definition._init_fn
+        for name, definition in OPDEFS.items()
+        if name.startswith(f"{namespace}::")
+    }
+
+
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Add a text to torch's structured trace (``TORCH_TRACE``), where tlparse lists it."""
     torch._logging.trace_structured(

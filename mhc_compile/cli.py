@@ -83,7 +83,8 @@ def _dump(options: argparse.Namespace) -> int:
         fold=options.fold,
         max_nodes=options.max_nodes,
         mlir_dialect=options.mlir_dialect,
-        mlir_custom=options.mlir_custom,
+        mlir_custom=options.mlir_custom
+        or ("opaque" if options.mlir_dialect == "torch" else "decompose"),
     )
     with progress("dump") as tell:
         model, args, kwargs = _build(options, tell)
@@ -175,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     mlir = dump.add_argument_group("format mlir (needs the extra: pip install mhc-compile[mlir])")
     mlir.add_argument("--mlir-dialect", choices=DIALECTS, default="torch")
     mlir.add_argument(
-        "--mlir-custom", choices=CUSTOM, default="opaque", help="mhc ops as calls, or written out"
+        "--mlir-custom",
+        choices=CUSTOM,
+        help="mhc ops as operators (only in the torch dialect, the default there), or written out",
     )
 
     for verb in (listing, dump):

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from mhc_compile._torch_private import reset_dynamo
+from mhc_compile._torch_private import passing_through, reset_dynamo
 from mhc_compile.backend import compile_frame
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import convert_, is_converted, revert_
+from mhc_compile.errors import MHCError
+from mhc_compile.mlir import check_mlir
 from mhc_compile.recorder import Recorder
 from mhc_compile.report import Report
 from mhc_compile.stages import DumpOptions
@@ -35,14 +37,24 @@ def trace_stages(
 
     Returns:
         The report of the conversion, and a `Stage` for every graph and every pass that changed it.
+
+    Raises:
+        ConfigError: MLIR is wanted and cannot be made.
+        UnsupportedGraphError: the model cannot be converted, or not be lowered to the MLIR dialect.
     """
     config = config or MHCConfig()
     converted_before = is_converted(model)
-    recorder = Recorder(options or DumpOptions())
+    options = options or DumpOptions()
+    if "mlir" in options.formats:
+        check_mlir(options.mlir_dialect, options.mlir_custom)
+    recorder = Recorder(options)
     report = convert_(model, *args, config=config, **kwargs)
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return compile_frame(gm, replace(config, inner="eager"), recorder=recorder)
+        try:
+            return compile_frame(gm, replace(config, inner="eager"), recorder=recorder)
+        except MHCError as error:
+            raise passing_through(error) from error.__cause__
 
     try:
         torch.compile(model, backend=backend)(*args, **kwargs)

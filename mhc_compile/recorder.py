@@ -23,6 +23,7 @@ from mhc_compile.graph_text import traffic
 from mhc_compile.hosts import erase_markers
 from mhc_compile.kernels.cpp.emit import source as cpp_source
 from mhc_compile.kernels.cpp.select import obstacle
+from mhc_compile.mlir import to_mlir
 from mhc_compile.passes.values import source_frame, source_line, value_of
 from mhc_compile.passes.widen import Widening
 from mhc_compile.pictures.build import build_view
@@ -145,11 +146,23 @@ class GraphRecord:
             return
 
         def see(phase: str, traced: GraphModule) -> None:
-            if phase != "fw" and phase in self.options.phases:
+            if phase != "fw":
+                if phase not in self.options.phases:
+                    return
                 self._keep(traced, number, name, phase)
+            if "mlir" in self.options.formats:
+                self._add_mlir(traced, phase, number)
 
         copy, _ = copy_captured(gm)
         trace_autograd(copy, inputs, see)
+
+    def _add_mlir(self, traced: GraphModule, phase: str, number: int) -> None:
+        """Add the MLIR of an AOTAutograd graph to its stage."""
+        options = self.options
+        text = to_mlir(traced, dialect=options.mlir_dialect, custom=options.mlir_custom)
+        for i, stage in enumerate(self.stages):
+            if (stage.phase, stage.number) == (phase, number):
+                self.stages[i] = replace(stage, files={**stage.files, "mlir": text})
 
     def _excerpt(self, node: Node) -> None:
         path, line = source_frame(node)

@@ -1,7 +1,7 @@
 """What a dump keeps of a graph at one point of its way."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
@@ -102,7 +102,6 @@ def make_stage(
     number: int,
     name: str,
     phase: str = "fw",
-    to_mlir: Callable[[GraphModule], str] | None = None,
 ) -> Stage:
     """Write down one graph in the wanted text formats."""
     annotate_values(gm)
@@ -111,8 +110,6 @@ def make_stage(
         files["py"] = gm.code
     if "json" in options.formats:
         files["json"] = json.dumps(graph_data(gm), indent=1)
-    if to_mlir is not None:
-        files["mlir"] = to_mlir(gm)
     return Stage(
         graph=graph,
         number=number,

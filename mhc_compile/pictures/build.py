@@ -175,6 +175,8 @@ class _Builder:
 
     def _part(self, node: Node, parent: str) -> str:
         """The module below ``parent`` that ``node`` belongs to; "" if it stands between modules."""
+        if self.level == "none":
+            return ""
         paths = _calls(node)
         inner = next((path for call, path in paths.items() if call not in self.shared), "")
         return short_path(inner, parent)
