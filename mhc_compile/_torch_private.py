@@ -248,7 +248,7 @@ def custom_op_bodies(namespace: str) -> dict[Any, Callable[..., Any]]:
 
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Add a text to torch's structured trace (``TORCH_TRACE``), where tlparse lists it."""
-    torch._logging.trace_structured(
+    torch._logging._internal.trace_structured(
         "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload
     )
 

@@ -13,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import explain
+from mhc_compile.convert import convert_, explain, is_converted
 from mhc_compile.dump import write_dump
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.inspection import trace_stages
 from mhc_compile.pictures.build import COLLAPSE, MAX_NODES
+from mhc_compile.plots import plot_stability
 from mhc_compile.render import progress, show, show_error
+from mhc_compile.stability import stability
 from mhc_compile.stages import CUSTOM, DIALECTS, FORMATS, PHASES, DumpOptions
-from mhc_compile.tables import report_tables, summary_line, verify_tables
+from mhc_compile.tables import (
+    count,
+    report_tables,
+    stability_tables,
+    summary_line,
+    verify_tables,
+)
 from mhc_compile.targets import Built, build_target, parse_settings
 from mhc_compile.verify import verify
 
@@ -116,6 +124,25 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def _stability(options: argparse.Namespace) -> int:
+    with progress("stability") as tell:
+        model, args, kwargs = _build(options, tell)
+        if not is_converted(model):
+            tell("converting")
+            convert_(model, *args, config=_config(options), **kwargs)
+        tell("measuring")
+        report = stability(model, *args, **kwargs)
+        pictures = plot_stability(report, options.plot) if options.plot is not None else []
+    if options.json:
+        print(report.to_json())
+        return 0
+    summary = f"{type(model).__name__}: {count(len(report.sites), 'site')} measured"
+    if pictures:
+        summary += f", {len(pictures)} pictures in {options.plot}"
+    show(summary, stability_tables(report))
+    return 0
+
+
 def _build(options: argparse.Namespace, tell: Callable[[str], None]) -> Built:
     tell(f"building {options.target}")
     return build_target(options.target, parse_settings(options.settings))
@@ -185,6 +212,14 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--require-match", action="store_true", help="exit with 1 if no site can be converted"
         )
+
+    gains = _verb(verbs, "stability", _stability, "measure gains of stream mixings and trunks")
+    gains.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="write heat maps and depth curves as PNG and SVG (needs the extra 'plots')",
+    )
 
     _verb(verbs, "verify", _verify, "check that conversion keeps the function and its gradients")
     return parser

@@ -1,5 +1,6 @@
 """A graph as text and as data: the same bytes for the same graph, without addresses or weights."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -37,10 +38,10 @@ def bytes_of(value: Any) -> int | None:
         return None if None in parts else sum(part for part in parts if part is not None)
     if not isinstance(value, torch.Tensor):
         return 0
-    sizes = [int(size) for size in value.shape if not isinstance(size, torch.SymInt)]
-    if len(sizes) != value.ndim:
+    sizes: list[Any] = list(value.shape)  # torch's stubs hide that a size may be symbolic
+    if any(isinstance(size, torch.SymInt) for size in sizes):
         return None
-    return int(torch.Size(sizes).numel()) * value.element_size()
+    return int(math.prod(sizes)) * value.element_size()
 
 
 def traffic(gm: GraphModule) -> list[dict[str, Any]]:

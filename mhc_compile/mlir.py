@@ -158,10 +158,13 @@ def _without_kernels(text: str) -> str:
 
 def _clamp_end(node: Node) -> None:
     position = 3 if node.target is torch.ops.aten.slice.Tensor else 4
-    if len(node.args) <= position or not isinstance(node.args[position], int):
+    if len(node.args) <= position:
         return
-    source = value_of(node.all_input_nodes[0])
-    axis = node.args[position - 2]
-    if isinstance(source, torch.Tensor) and isinstance(axis, int):
-        end = min(int(node.args[position]), int(source.shape[axis]))  # type: ignore[call-overload]
+    source, end, axis = (
+        value_of(node.all_input_nodes[0]),
+        node.args[position],
+        node.args[position - 2],
+    )
+    if isinstance(source, torch.Tensor) and isinstance(end, int) and isinstance(axis, int):
+        end = min(end, int(source.shape[axis]))
         node.args = (*node.args[:position], end, *node.args[position + 1 :])

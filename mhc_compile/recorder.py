@@ -105,8 +105,10 @@ class GraphRecord:
         self.nesting = nesting_of(analysis.plan)
         spine = planned_spine(analysis.plan, names)
         self.stages[0] = replace(self.stages[0], view=self._view(analysis.gm, spine))
-        for found in (*analysis.residuals.sites, *analysis.residuals.rejected):
-            self._excerpt(found.root)
+        for site in analysis.residuals.sites:
+            self._excerpt(site.root)
+        for rejected in analysis.residuals.rejected:
+            self._excerpt(rejected.root)
         self._autograd(analysis.gm, inputs, 0, "before")
 
     def rewritten(self, gm: GraphModule, widening: Widening, inputs: Sequence[Any]) -> None:
@@ -194,8 +196,11 @@ def _kernel_sources(gm: GraphModule) -> Iterator[tuple[str, str]]:
     for node in gm.graph.nodes:
         if node.target not in (torch.ops.mhc.pre.default, torch.ops.mhc.seam.default):
             continue
-        spec, X = replace(spec_of(node), kernels="auto"), value_of(node.args[0])  # type: ignore[arg-type]
-        if isinstance(X, torch.Tensor) and spec.kernels != "reference" and not obstacle(spec, X):
+        spec, state = spec_of(node), node.args[0]
+        X = value_of(state) if isinstance(state, Node) else None
+        if spec.kernels == "reference" or not isinstance(X, torch.Tensor):
+            continue
+        if obstacle(spec, X) is None:
             dtype = str(X.dtype).removeprefix("torch.")
             yield f"{spec.constraint}_n{spec.streams}_{dtype}.cpp", cpp_source(spec, X.dtype)
 

@@ -12,6 +12,7 @@ from mhc_compile.report import Report, Site
 from mhc_compile.stages import Stage, count_changes
 
 if TYPE_CHECKING:  # verify compiles, and the backend writes dumps with tables
+    from mhc_compile.stability import Mixing, StabilityReport
     from mhc_compile.verify import VerifyReport
 
 _EXAMPLES = 3
@@ -164,6 +165,41 @@ def byte_table(traffic: Sequence[Mapping[str, Any]]) -> Table:
     ]
     columns = ("op", "calls", "bytes read", "bytes written")
     return Table(title="Bytes of the mhc ops, forward", columns=columns, rows=tuple(rows))
+
+
+def stability_tables(report: "StabilityReport") -> list[Table]:
+    """Gains of whole trunks, gains of each site, and the effective mixing of each site."""
+    columns = ("forward", "backward", "row sums - 1", "column sums - 1", "smallest", "diagonal")
+
+    def cells(mixing: "Mixing") -> tuple[str, ...]:
+        gains = (mixing.forward_gain, mixing.backward_gain)
+        errors = (mixing.row_error, mixing.column_error)
+        rest = (mixing.smallest, mixing.diagonal)
+        return (*(f"{x:.4f}" for x in gains), *(f"{x:.1e}" for x in errors),
+                *(f"{x:.3f}" for x in rest))  # fmt: skip
+
+    trunks = [
+        (str(t.index), str(t.sites), *cells(t.composite), f"{t.spread:.4f}") for t in report.trunks
+    ]
+    sites = [(s.name, str(s.trunk), *cells(s.mixing), f"{s.spread:.4f}") for s in report.sites]
+    matrices = [
+        (
+            s.name,
+            "  ".join("[" + " ".join(f"{x:.2f}" for x in row) + "]" for row in s.mixing.matrix),
+        )
+        for s in report.sites
+    ]
+    return [
+        Table(
+            title="Gains of whole trunks",
+            columns=("trunk", "sites", *columns, "spread"),
+            rows=tuple(trunks),
+        ),
+        Table(
+            title="Gains of sites", columns=("site", "trunk", *columns, "spread"), rows=tuple(sites)
+        ),
+        Table(title="Effective H_res, by rows", columns=("site", "matrix"), rows=tuple(matrices)),
+    ]
 
 
 def verify_tables(report: "VerifyReport") -> list[Table]:

@@ -103,7 +103,7 @@ class _Builder:
         return frozenset(call for call, size in sizes.items() if 2 * size >= len(everywhere))
 
     def _depths(self) -> dict[Node, int]:
-        depths = {}
+        depths: dict[Node, int] = {}
         for node in self.graph.nodes:
             known = self.nesting.depth.get(node.name)
             if known is None and node in self.spine.roles:  # an op: as the state it reads

@@ -110,7 +110,7 @@ def rewritten_spine(graph: Graph) -> Spine:
         if role in ("pre", "seam"):
             for user in node.users:
                 if raw_name(user) == "getitem":
-                    spine.parts[user] = (node, int(user.args[1]))  # type: ignore[arg-type]
+                    spine.parts[user] = (node, int(user.args[1]))
                     if role == "seam" and user.args[1] == 0:
                         spine.states[user] = streams_of(node)
     return spine
