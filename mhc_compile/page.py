@@ -22,7 +22,7 @@ a { color: #1d4ed8; } :focus-visible { outline: 3px solid #2563eb; outline-offse
 .pictures { display: flex; flex-wrap: wrap; gap: 24px; align-items: flex-start; }
 figure { margin: 0; flex: 1 1 420px; min-width: 0; }
 .scroll { overflow-x: auto; border: 1px solid #cbd5e1; border-radius: 8px; }
-.scroll svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.scroll svg { display: block; max-width: 100%; height: auto; }
 figcaption { font-weight: 600; margin-bottom: 6px; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 caption { text-align: left; font-weight: 600; padding: 8px; }

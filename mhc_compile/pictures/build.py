@@ -110,7 +110,21 @@ class _Builder:
                 around = [n for n in node.all_input_nodes if n in self.spine.states and n in depths]
                 known = depths[around[0]] if around else None
             depths[node] = known or 0
-        return depths
+        # A module stands where most of it does: keys and values made from elsewhere beside queries.
+        deepest: dict[str, int] = {}
+        for node, depth in depths.items():
+            module = self._module(node)
+            deepest[module] = max(depth, deepest.get(module, 0))
+        return {
+            node: deepest[module] if (module := self._module(node)) else depth
+            for node, depth in depths.items()
+        }
+
+    def _module(self, node: Node) -> str:
+        """The outermost module call around ``node`` that holds no part of a trunk; "" if none."""
+        if node in self.spine.roles:
+            return ""
+        return next((call for call in _calls(node) if call not in self.shared), "")
 
     def _groups(self) -> list[_Group]:
         groups: list[_Group] = []
@@ -149,9 +163,8 @@ class _Builder:
             return (node.op, node.name)
         if node in self.spine.roles or self.level == "none":
             return ("op", node.name)
-        inner = next((call for call in calls if call not in self.shared), None)
-        if inner is not None and self.level == "module":
-            return ("module", inner)
+        if self.level == "module" and self._module(node):
+            return ("module", self._module(node))
         return ("between", around[-1] if around else "", depth)
 
     def _view_node(self, group: _Group) -> ViewNode:

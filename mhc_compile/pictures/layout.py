@@ -1,4 +1,4 @@
-"""A layout without a library: one row a box, one column a nesting level, trunks on the right.
+"""A layout without a library: one row a box, one column a nesting level, the trunk on the left.
 
 A row holds one box only, so a horizontal line meets no other box; a vertical line runs down a
 column where that is empty, else in the gutter between two columns. Hence no line ever crosses a
@@ -127,6 +127,8 @@ class _Route:
 
 @dataclass(slots=True)
 class _Layouter:
+    """Lays out with the trunk, column 0, on the right; `_mirrored` turns that round."""
+
     view: GraphView
     sizes: list[tuple[float, float]] = field(default_factory=list)
     rows: dict[int, list[int]] = field(default_factory=dict)
@@ -163,7 +165,8 @@ class _Layouter:
             for frame in self.view.frames
         )
         bottom = max((b.y + b.height / 2 for b in boxes), default=0) + MARGIN + _FRAME_BOTTOM
-        return Layout(self.view, boxes, lines, frames, right + MARGIN + _FRAME_SIDE, bottom)
+        width = right + MARGIN + _FRAME_SIDE
+        return _mirrored(Layout(self.view, boxes, lines, frames, width, bottom))
 
     def _is_free(self, column: int, above: int, below: int) -> bool:
         """Whether no box of ``column`` stands strictly between two rows."""
@@ -255,8 +258,11 @@ class _Layouter:
             x += width
         if -1 in tracks:
             x += _GUTTER + _TRACK * tracks[-1]
+        # The label of a frame has to end before the trunk that runs through it.
         label = max((len(f.label) + 8 for f in self.view.frames), default=0) * SMALL_CHARACTER
-        return centers, left, max(x + _FRAME_SIDE, left + label)
+        missing = max(0.0, left + label + _GUTTER - centers.get(0, x))
+        centers = {column: center + missing for column, center in centers.items()}
+        return centers, left, x + missing + _FRAME_SIDE
 
     def _tops(self) -> list[float]:
         opening = {frame.first for frame in self.view.frames}
@@ -315,3 +321,21 @@ class _Layouter:
         elif role in ("post", "seam"):
             reach -= 14 * abs(port) / (box.height / 2)
         return box.x + (reach if side == "right" else -reach)
+
+
+def _mirrored(layout: Layout) -> Layout:
+    """The trunk on the left: there it is in sight however narrow the window is."""
+    width = layout.width
+    return Layout(
+        layout.view,
+        tuple(Box(width - box.x, box.y, box.width, box.height) for box in layout.boxes),
+        tuple(
+            Line(line.edge, tuple((width - x, y) for x, y in line.points)) for line in layout.lines
+        ),
+        tuple(
+            FrameBox(f.frame, width - f.right, f.top, width - f.left, f.bottom)
+            for f in layout.frames
+        ),
+        width,
+        layout.height,
+    )

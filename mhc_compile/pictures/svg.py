@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import pairwise
 
 from mhc_compile.pictures.layout import Box, FrameBox, Layout, Line, Point, lay_out
 from mhc_compile.pictures.view import GraphView, ViewNode
@@ -30,7 +31,9 @@ FILLS = {
 """Fill and outline of a role."""
 _STYLE = (
     "text{font-family:DejaVu Sans,Verdana,sans-serif;text-anchor:middle;fill:#0f172a}"
-    ".a{font-size:13px}.b{font-size:11px;fill:#475569}.f,.c{text-anchor:start}.f{font-size:12px}"
+    ".a{font-size:13px}.b{font-size:11px;fill:#475569}.f,.c{text-anchor:end}.f{font-size:12px}"
+    # lines that pass behind a label leave room for it
+    ".f,.c{paint-order:stroke;stroke:#f8fafc;stroke-width:4px}"
 )
 
 
@@ -76,7 +79,7 @@ def _frame(box: FrameBox) -> str:
 
 def _frame_label(box: FrameBox) -> str:
     text = f"{box.frame.label}  × {box.frame.times}"
-    x, y = _number(box.left + 10), _number(box.top + 19)
+    x, y = _number(box.right - 10), _number(box.top + 19)
     return f'<text class="f" x="{x}" y="{y}">{escape(text)}</text>'
 
 
@@ -96,7 +99,7 @@ def _line(line: Line) -> Iterator[str]:
     yield _head(line.points, color, 4 + width / 2)
     if edge.kind == "coefficients" and len(line.points) == 4:
         x, y = line.points[2]
-        yield f'<text class="b c" x="{_number(x + 8)}" y="{_number(y - 5)}">H_post, H_res</text>'
+        yield f'<text class="b c" x="{_number(x - 8)}" y="{_number(y - 5)}">H_post, H_res</text>'
     if edge.streams > len(LANES):
         x, y = line.points[0]
         yield f'<text class="b" x="{_number(x + 26)}" y="{_number(y + 18)}">×{edge.streams}</text>'
@@ -110,10 +113,12 @@ def shifted(points: Sequence[Point], offset: float) -> list[Point]:
     """
     moved = []
     for i, (x, y) in enumerate(points):
-        around = [pair for pair in (points[i - 1 : i + 1], points[i : i + 2]) if len(pair) == 2]
-        vertical = any(a[0] == b[0] for a, b in around)
-        horizontal = any(a[1] == b[1] and a[0] != b[0] for a, b in around)
-        moved.append((x + offset if vertical else x, y + offset if horizontal else y))
+        for ax, bx in ((a[0], b[0]) for a, b in pairwise(points[max(0, i - 1) : i + 2])):
+            if ax == bx:  # downwards: to the right of it
+                x += offset
+            else:  # the same side of a line that comes from there or goes on there
+                y += offset if bx < ax else -offset
+        moved.append((x, y))
     return moved
 
 
