@@ -1,35 +1,46 @@
-"""One residual site, forward and backward, in every implementation there is on the CPU.
+"""One seam, forward and backward, in every implementation there is on the CPU.
 
     python -m benchmarks.site [--widths 512 768 1024] [--tokens 2048] [--repeat 20] [--json FILE]
 
-All of them run by turns in one process on one thread: the ops with generated C++, the ops in plain
-torch, the reference equations through torch.compile with Inductor, and a floor that no mathematics
-enters: 25 rows (a row is one stream: tokens x width) copied, and the three matrix products of the
-projection. A site reads the state into u, writes a given branch output f into it, and has the
-gradients of u and of the next state; autograd and dispatch are included. Times are CPU time of the
-thread, which other load on the machine disturbs less than the clock on the wall.
+A seam is what lies between two branches: the next state from the present one and a branch output,
+and from it the input and the mappings of the next branch. Run by turns in one process on one
+thread: the seam in generated C++, its two halves in generated C++, both ops in plain torch, the
+equations through torch.compile with Inductor, DeepSeek-V4's module in transformers with and without
+Inductor where it is installed, and a floor that no mathematics enters: 25 rows (a row is one
+stream: tokens x width) copied, and the three matrix products of the projection. Autograd and
+dispatch are included.
 """
 
 import argparse
-import ctypes
+import importlib
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mhc_compile.kernels.reference import post_ref, pre_ref
+from benchmarks.timing import by_turns, keep_freed_memory, machine
+from mhc_compile.kernels.reference import seam_ref
 from mhc_compile.kernels.spec import SiteSpec
 
 OPS = torch.ops.mhc
-_ROWS = 25  # what a fused site moves: 10 forward, 15 backward (n = 4)
-_RUNS = ("cpp", "reference", "inductor", "floor")
+_ROWS = 25  # what a fused seam moves: 10 forward, 15 backward (n = 4)
+_RUNS = (
+    "seam",
+    "halves",
+    "plain torch",
+    "inductor",
+    "transformers",
+    "transformers, inductor",
+    "floor",
+)
+
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,58 +53,93 @@ class Row:
     median: float
     to_floor: float
     """Minimum over that of the floor."""
+    to_inductor: float
+    """Minimum over that of Inductor on the same equations."""
 
 
-class _Site:
-    """Random tensors of one site, and its implementations by name."""
+class _Seam:
+    """Random tensors of one seam, and its implementations by name."""
 
     def __init__(self, tokens: int, width: int, streams: int) -> None:
         self.spec = SiteSpec(streams=streams)
-        m = 2 * streams + streams * streams
-        self.state = torch.randn(1, tokens, streams, width, requires_grad=True)
-        self.f = torch.randn(1, tokens, width, requires_grad=True)
-        self.phi = (0.02 * torch.randn(streams * width, m)).requires_grad_()
-        self.bias = torch.randn(m, requires_grad=True)
-        self.alpha = torch.ones(3, requires_grad=True)
-        self.grads = [torch.randn_like(self.f), torch.randn_like(self.state)]
+        n, m = streams, 2 * streams + streams * streams
+        self.leaves = [
+            torch.randn(1, tokens, n, width),
+            torch.randn(1, tokens, width),
+            torch.rand(1, tokens, n),
+            torch.randn(1, tokens, n, n).softmax(-1),
+            0.02 * torch.randn(n * width, m),
+            torch.randn(m),
+            torch.ones(3),
+        ]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+        self.grads = [torch.randn_like(leaf) for leaf in self.leaves[:4]]
 
-    def runs(self, names: Sequence[str]) -> dict[str, Callable[[], object]]:
-        compiled = torch.compile(self._equations, fullgraph=True)
-        every: dict[str, Callable[[], object]] = {
-            "cpp": lambda: self._gradients(self._ops("cpp")),
-            "reference": lambda: self._gradients(self._ops("reference")),
-            "inductor": lambda: self._gradients(compiled(*self._leaves())),
-            "floor": self._floor(),
+    def runs(self, names: Sequence[str]) -> dict[str, Run]:
+        every = {
+            "seam": lambda: self._run(lambda *leaves: OPS.seam(*leaves, self._text("cpp"))[:4]),
+            "halves": lambda: self._run(self._halves),
+            "plain torch": lambda: self._run(
+                lambda *leaves: OPS.seam(*leaves, self._text("reference"))[:4]
+            ),
+            "inductor": lambda: self._run(torch.compile(self._equations, fullgraph=True)),
+            "transformers": lambda: self._transformers(inductor=False),
+            "transformers, inductor": lambda: self._transformers(inductor=True),
+            "floor": self._floor,
         }
-        return {name: every[name] for name in names}
+        made = {name: every[name]() for name in names}
+        return {name: run for name, run in made.items() if run is not None}
 
-    def _leaves(self) -> list[torch.Tensor]:
-        return [self.state, self.f, self.phi, self.bias, self.alpha]
+    def _run(self, forward: Callable[..., Sequence[torch.Tensor]]) -> Run:
+        return lambda: torch.autograd.grad(forward(*self.leaves), self.leaves, self.grads)
 
-    def _gradients(self, outputs: tuple[torch.Tensor, torch.Tensor]) -> object:
-        return torch.autograd.grad(outputs, self._leaves(), self.grads)
+    def _text(self, kernels: str) -> str:
+        return f"{self.spec.encode()} kernels={kernels}"
 
-    def _ops(self, kernels: str) -> tuple[torch.Tensor, torch.Tensor]:
-        text = f"{self.spec.encode()} kernels={kernels}"
-        u, h_post, h_res, _ = OPS.pre(self.state, self.phi, self.bias, self.alpha, text)
-        return u, OPS.post(self.state, self.f, h_post, h_res, text)
+    def _halves(self, *leaves: torch.Tensor) -> Sequence[torch.Tensor]:
+        text = self._text("cpp")
+        X_next = OPS.post(*leaves[:4], text)
+        return (X_next, *OPS.pre(X_next, *leaves[4:], text)[:3])
 
-    def _equations(
-        self,
-        state: torch.Tensor,
-        f: torch.Tensor,
-        phi: torch.Tensor,
-        bias: torch.Tensor,
-        alpha: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        u, h_post, h_res = pre_ref(state, phi, bias, alpha, self.spec)
-        return u, post_ref(state, f, h_post, h_res, self.spec)
+    def _equations(self, *leaves: torch.Tensor) -> Sequence[torch.Tensor]:
+        X_next, u, h_post, h_res = seam_ref(*leaves, self.spec)
+        return X_next, u, h_post, h_res
 
-    def _floor(self) -> Callable[[], object]:
-        flat, phi = self.state.detach().flatten(0, 1).flatten(1), self.phi.detach()
+    def _transformers(self, *, inductor: bool) -> Run | None:
+        """Their module after their mixing, as their decoder layer writes it."""
+        try:
+            code = importlib.import_module("transformers.models.deepseek_v4.modeling_deepseek_v4")
+        except ImportError:
+            return None
+        state, f, h_post, h_res = self.leaves[:4]
+        config = SimpleNamespace(
+            hc_mult=self.spec.streams,
+            hc_sinkhorn_iters=self.spec.iters,
+            hc_eps=1e-6,
+            rms_norm_eps=self.spec.norm_eps,
+            hidden_size=state.shape[-1],
+        )
+        module = code.DeepseekV4HyperConnection(config)
+        for parameter in module.parameters():  # they come uninitialised
+            torch.nn.init.normal_(parameter, std=0.02)
+
+        def forward(
+            X: torch.Tensor, f: torch.Tensor, h_post: torch.Tensor, comb: torch.Tensor
+        ) -> Sequence[torch.Tensor]:
+            X_next = h_post[..., None] * f[..., None, :] + comb.mT @ X
+            next_post, next_comb, u = module(X_next)
+            return X_next, u, next_post, next_comb
+
+        leaves = [state, f, h_post, h_res, *module.parameters()]
+        call = torch.compile(forward, fullgraph=True) if inductor else forward
+        return lambda: torch.autograd.grad(call(*leaves[:4]), leaves, self.grads)
+
+    def _floor(self) -> Run:
+        state, f, phi = (self.leaves[i].detach() for i in (0, 1, 4))
+        flat = state.flatten(0, 1).flatten(1)
         z, back, grad = flat @ phi, torch.empty_like(flat), torch.empty_like(phi)
-        tokens, width = self.f.shape[1:]
-        rows = torch.randn(_ROWS * tokens, width)
+        rows = torch.randn(_ROWS * f.shape[1], f.shape[2])
         copied = torch.empty_like(rows)
 
         def run() -> None:
@@ -106,32 +152,15 @@ class _Site:
 
 
 def measure(width: int, tokens: int, streams: int, repeat: int, names: Sequence[str]) -> list[Row]:
-    """Times of each implementation over ``repeat`` rounds, after one round that is not counted."""
-    runs = _Site(tokens, width, streams).runs(names)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeat + 1):
-        for name, run in runs.items():
-            start = time.thread_time()
-            run()
-            times[name].append((time.thread_time() - start) * 1e3)
-    best = {name: min(values[1:]) for name, values in times.items()}
-    floor = best.get("floor", float("nan"))
+    """Times of each implementation over ``repeat`` rounds."""
+    times = by_turns(_Seam(tokens, width, streams).runs(names), repeat)
+    best = {name: min(values) for name, values in times.items()}
+    floor, inductor = (best.get(name, float("nan")) for name in ("floor", "inductor"))
     return [
-        Row(width, name, best[name], statistics.median(values[1:]), best[name] / floor)
+        Row(width, name, best[name], statistics.median(values), best[name] / floor,
+            best[name] / inductor)
         for name, values in times.items()
-    ]
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of every size, as it does of those below 32 MB.
-
-    Otherwise the larger widths would measure page faults, in every implementation alike.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        m_mmap_threshold, m_trim_threshold, size = -3, -1, 1 << 30
-        libc.mallopt(m_mmap_threshold, size)
-        libc.mallopt(m_trim_threshold, size)
+    ]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -145,28 +174,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    _keep_freed_memory()
+    keep_freed_memory()
     rows = [
         row
         for width in options.widths
         for row in measure(width, options.tokens, options.streams, options.repeat, options.only)
     ]
-    title = f"one site, forward + backward, {options.tokens} tokens, {options.streams} streams"
-    table = Table("width", "implementation", "min ms", "median ms", "to floor", title=title)
+    title = f"one seam, forward + backward, {options.tokens} tokens, {options.streams} streams"
+    columns = ("width", "implementation", "min ms", "median ms", "to floor", "to Inductor")
+    table = Table(*columns, title=title)
     for row in rows:
-        times = (f"{value:.2f}" for value in (row.minimum, row.median, row.to_floor))
-        table.add_row(str(row.width), row.implementation, *times)
+        times = (row.minimum, row.median, row.to_floor, row.to_inductor)
+        table.add_row(str(row.width), row.implementation, *(f"{value:.2f}" for value in times))
     Console().print(table)
     if options.json is not None:
-        machine = {
-            "machine": platform.machine(),
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-            "threads": 1,
+        result = {
+            "machine": machine(),
             "tokens": options.tokens,
             "streams": options.streams,
+            "rows": [asdict(row) for row in rows],
         }
-        result = {"machine": machine, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -135,10 +135,10 @@ def collapse(
     """
     site = SiteSpec.decode(spec)
     _check_collapse("mhc::collapse", X, phi, bias, alpha, mode, site)
+    if kernels := launcher("mhc::collapse", site, X, phi, bias, alpha):
+        return kernels.collapse(X, phi, bias, alpha, mode, site)
     dtype = coefficient_dtype(X)
     if bias is None:
-        if kernels := launcher("mhc::collapse", site, X):
-            return kernels.collapse(X, mode, site)
         out = X.sum(site.dim - 1, dtype=dtype)
         out = out / site.streams if mode == "mean" else out
         return out.to(X.dtype).contiguous()
@@ -236,6 +236,8 @@ def collapse_backward(
     site = SiteSpec.decode(spec)
     _check_collapse("mhc::collapse_backward", X, phi, bias, alpha, "learned", site)
     check_tensor("mhc::collapse_backward", "dx", dx, narrow_shape(X.shape, site.dim), X)
+    if kernels := launcher("mhc::collapse_backward", site, X, dx, phi, bias, alpha):
+        return kernels.collapse_backward(dx, X, phi, bias, alpha, site)
     dtype = coefficient_dtype(X)
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)

@@ -8,6 +8,7 @@ from mhc_compile.errors import KernelError
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.constraints.sinkhorn import Sinkhorn
 from mhc_compile.kernels.layout import check_tensor, coefficient_dtype
+from mhc_compile.kernels.select import launcher
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -42,6 +43,8 @@ def sinkhorn(logits: torch.Tensor, spec: str) -> torch.Tensor:
         KernelError: shape, dtype or constraint do not fit.
     """
     site, constraint = _check("mhc::sinkhorn", logits, spec)
+    if kernels := launcher("mhc::sinkhorn", site, logits):
+        return kernels.sinkhorn(logits, site)
     flat = logits.to(coefficient_dtype(logits)).flatten(-2)
     return constraint.matrix(flat, site).to(logits.dtype)
 
@@ -69,6 +72,8 @@ def sinkhorn_backward(grad: torch.Tensor, logits: torch.Tensor, spec: str) -> to
     """
     site, constraint = _check("mhc::sinkhorn_backward", logits, spec)
     check_tensor("mhc::sinkhorn_backward", "grad", grad, logits.shape, logits)
+    if kernels := launcher("mhc::sinkhorn_backward", site, logits, grad):
+        return kernels.sinkhorn_backward(grad, logits, site)
     dtype = coefficient_dtype(logits)
     flat = constraint.matrix_backward(grad.to(dtype), logits.to(dtype).flatten(-2), site)
     return flat.reshape(logits.shape).to(logits.dtype)

@@ -10,9 +10,11 @@ import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels.cpp import launch as cpp_launch
-from mhc_compile.kernels.cpp.select import build_failure, obstacle
+from mhc_compile.kernels.cpp import select as cpp
 from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton import launch as triton_launch
+from mhc_compile.kernels.triton import select as triton
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,8 +103,35 @@ class Launcher(Protocol):
     ) -> SeamGradients:
         """``mhc::seam_backward``."""
 
-    def collapse(self, X: torch.Tensor, mode: str, spec: SiteSpec) -> torch.Tensor:
-        """``mhc::collapse`` with ``mode`` "mean" or "sum"."""
+    def collapse(
+        self,
+        X: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        alpha: torch.Tensor | None,
+        mode: str,
+        spec: SiteSpec,
+    ) -> torch.Tensor:
+        """``mhc::collapse``."""
+
+    def collapse_backward(
+        self,
+        dx: torch.Tensor,
+        X: torch.Tensor,
+        phi: torch.Tensor | None,
+        bias: torch.Tensor,
+        alpha: torch.Tensor | None,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::collapse_backward``."""
+
+    def sinkhorn(self, logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+        """``mhc::sinkhorn``."""
+
+    def sinkhorn_backward(
+        self, grad: torch.Tensor, logits: torch.Tensor, spec: SiteSpec
+    ) -> torch.Tensor:
+        """``mhc::sinkhorn_backward``."""
 
 
 def launcher(
@@ -114,8 +143,9 @@ def launcher(
 ) -> Launcher | None:
     """Decide what runs ``op``: fused kernels, or None for the plain torch body of the op.
 
-    With ``spec.kernels`` "reference" it is plain torch; with "auto" fused kernels wherever they
-    can, and the reason is logged where they cannot.
+    With ``spec.kernels`` "reference" it is plain torch; with "auto" the fused kernels of the device
+    wherever they can, C++ on a CPU and Triton elsewhere, and the reason is logged where they
+    cannot.
 
     Args:
         op: name of the op, for messages.
@@ -125,17 +155,26 @@ def launcher(
         branch: the branch output, which must not be rounded before it is added.
 
     Raises:
-        KernelError: ``spec.kernels`` is "cpp" and the C++ cannot run it; says why.
+        KernelError: ``spec.kernels`` is "cpp" or "triton" and that cannot run it; says why.
     """
     if spec.kernels == "reference":
         return None
-    reason = obstacle(spec, X, *tensors, branch=branch)
-    failure = None if reason else build_failure(spec, X.dtype)
+    kind = spec.kernels
+    if kind == "auto":
+        kind = "cpp" if X.device.type == "cpu" else "triton"
+    failure = None
+    if kind == "triton":
+        reason = triton.obstacle(spec, X, *tensors, branch=branch)
+    else:
+        reason = cpp.obstacle(spec, X, *tensors, branch=branch)
+        if reason is None:
+            learned = any(tensor is not None for tensor in tensors)
+            failure = cpp.build_failure(spec, X.dtype, cpp.parts(op, spec, learned))
     if reason is None and failure is None:
-        return cpp_launch
-    if spec.kernels == "cpp":
+        return triton_launch if kind == "triton" else cpp_launch
+    if spec.kernels == kind:
         raise KernelError(
-            f"{op}: kernels='cpp' cannot run this site: {reason or failure}; use "
+            f"{op}: kernels={kind!r} cannot run this site: {reason or failure}; use "
             "kernels='auto' to have the torch reference in such cases"
         )
     if failure is None:

@@ -15,8 +15,9 @@ from mhc_compile.errors import KernelError
 MAX_STREAMS = 16
 """Largest number of residual streams."""
 
-KERNELS = ("auto", "cpp", "reference")
-"""What can compute the ops: the fastest that can, generated C++ or nothing else, plain torch."""
+KERNELS = ("auto", "triton", "cpp", "reference")
+"""What can compute the ops: the fastest that can, generated Triton or C++ or nothing else, plain
+torch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -253,6 +253,11 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     )
 
 
+def memory_budget() -> float:
+    """Share of the activations that AOTAutograd may keep, as the user has set it; 1 if not."""
+    return float(torch._functorch.config.activation_memory_budget)
+
+
 def passing_through(error: Exception) -> Exception:
     """``error`` as an exception that Dynamo hands to the user as it is.
 

@@ -1,7 +1,7 @@
 """The backend: ``torch.compile(model, backend="mhc")``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
 
@@ -12,6 +12,7 @@ from mhc_compile._torch_private import (
     compile_inductor,
     copy_captured,
     example_of,
+    memory_budget,
     passing_through,
 )
 from mhc_compile.analysis import analyse
@@ -23,7 +24,7 @@ from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, check_options, sites_of
-from mhc_compile.pipeline import rewrite_passes, run_passes
+from mhc_compile.pipeline import improving_passes, rewrite_passes, run_passes
 from mhc_compile.recorder import Recorder, recorder_of_environment
 
 
@@ -104,12 +105,20 @@ def compile_frame(
     widening = bind(analysis, matches.records, sites_of, node_of, arriving, borders.departures)
     run_passes(copy, (), rewrite_passes(widening), observe)
     borders.leave(copy, widening)
+    improving = improving_passes(config.skip_passes, recompute=_recompute(config))
+    run_passes(copy, (), improving, observe)
     inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]
     if recorder is not None and record is not None:
         record.rewritten(copy, widening, inputs)
         write_recorded(recorder)
     compiled = borders.wrap(_lower(copy, inputs, config, mode))
     return watch_ends(compiled, analysis, frame) if is_lazy else compiled
+
+
+def _recompute(config: MHCConfig) -> int | Literal["auto", "off"]:
+    """The setting in force: a memory budget given to torch leaves the choice to its solver."""
+    has_budget = memory_budget() != 1.0
+    return "off" if config.recompute == "auto" and has_budget else config.recompute
 
 
 def _lower(gm: GraphModule, inputs: list[Any], config: MHCConfig, mode: str | None) -> Compiled:

@@ -8,15 +8,23 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import convert_, explain, is_converted
 from mhc_compile.dump import write_dump
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.inspection import trace_stages
+from mhc_compile.kernel_report import (
+    TARGETS,
+    kernel_report,
+    kernel_summary,
+    kernel_tables,
+    write_report,
+)
+from mhc_compile.memory import memory_plan
 from mhc_compile.pictures.build import COLLAPSE, MAX_NODES
 from mhc_compile.plots import plot_stability
 from mhc_compile.render import progress, show, show_error
@@ -24,6 +32,7 @@ from mhc_compile.stability import stability
 from mhc_compile.stages import CUSTOM, DIALECTS, FORMATS, PHASES, DumpOptions
 from mhc_compile.tables import (
     count,
+    memory_tables,
     report_tables,
     stability_tables,
     summary_line,
@@ -36,6 +45,11 @@ _TARGET_HELP = """\
 package.module:function or file.py:function (returns (model, args) or (model, args, kwargs)),
 hf:MODEL_TYPE (a small transformers model), timm:NAME; random weights, nothing is downloaded"""
 
+
+def _setting(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 # Flag -> field of MHCConfig. What a value may be is for MHCConfig to say.
 _CONFIG_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "--streams": ("streams", int, "number of residual streams"),
@@ -44,9 +58,14 @@ _CONFIG_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "--sinkhorn-eps": ("sinkhorn_eps", float, "added to Sinkhorn divisors"),
     "--pre-eps": ("pre_eps", float, "added to the gate of H_pre"),
     "--norm-eps": ("norm_eps", float, "inside the root of the RMS norm"),
+    "--recompute": ("recompute", _setting, "auto, off, or sites per block"),
     "--stream-collapse": ("collapse", str, "how the streams become one again"),
     "--init": ("init", str, "initialisation of the new parameters"),
 }
+
+_MODEL_FLAGS = ("--recompute", "--stream-collapse", "--init")
+"""Those that say nothing about the kernels of a site."""
+_Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,10 +93,11 @@ def _explain(options: argparse.Namespace) -> int:
         model, args, kwargs = _build(options, tell)
         tell("looking for residual sites")
         report = explain(model, *args, config=_config(options), **kwargs)
+    plan = memory_plan(report) if options.memory else None
     if options.json:
-        print(report.to_json())
+        print((plan or report).to_json())
     else:
-        tables = report_tables(report, every_add=options.all)
+        tables = memory_tables(plan) if plan else report_tables(report, every_add=options.all)
         show(summary_line(report), tables, report.notes)
     return _require_match(options, found=bool(report.converted))
 
@@ -143,6 +163,20 @@ def _stability(options: argparse.Namespace) -> int:
     return 0
 
 
+def _kernels(options: argparse.Namespace) -> int:
+    with progress("kernels") as tell:
+        spec = _config(options).spec()
+        report = kernel_report(spec, options.dtype, options.width, options.target, tell)
+    files = write_report(report, options.out) if options.out else []
+    if options.json:
+        print(report.to_json(source=options.source))
+    elif options.source:
+        print(report.source, end="")
+    else:
+        show(kernel_summary(report), kernel_tables(report), [f"wrote {file}" for file in files])
+    return 0
+
+
 def _build(options: argparse.Namespace, tell: Callable[[str], None]) -> Built:
     tell(f"building {options.target}")
     return build_target(options.target, parse_settings(options.settings))
@@ -151,8 +185,8 @@ def _build(options: argparse.Namespace, tell: Callable[[str], None]) -> Built:
 def _config(options: argparse.Namespace) -> MHCConfig:
     """The fields that were named on the command line; all others keep their default."""
     names = [field for field, _, _ in _CONFIG_FLAGS.values()] + ["include", "exclude", "dynamic"]
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return MHCConfig(**given)
+    values = {name: getattr(options, name, None) for name in names}
+    return MHCConfig(**{name: value for name, value in values.items() if value is not None})
 
 
 def _require_match(options: argparse.Namespace, *, found: bool) -> int:
@@ -171,6 +205,10 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = _verb(verbs, "explain", _explain, "list residual sites, trunks and other adds")
     listing.add_argument("--all", action="store_true", help="list every other add, not examples")
+
+    listing.add_argument(
+        "--memory", action="store_true", help="what each trunk keeps for the backward, instead"
+    )
 
     dump = _verb(verbs, "dump", _dump, "write the graphs before and after each pass")
     dump.add_argument("--out", type=Path, default=Path("mhc_dump"), help="folder (%(default)s)")
@@ -222,11 +260,25 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _verb(verbs, "verify", _verify, "check that conversion keeps the function and its gradients")
+    _kernels_verb(verbs)
     return parser
 
 
+def _kernels_verb(verbs: _Verbs) -> None:
+    text = "generate the kernels of a site, and show what they take of a target"
+    parser = verbs.add_parser("kernels", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=_kernels)
+    parser.add_argument("--target", default="sm_90", help=f"{', '.join(TARGETS)} (%(default)s)")
+    parser.add_argument("--width", type=int, default=1280, help="channels C (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="of the streams (%(default)s)")
+    parser.add_argument("--source", action="store_true", help="show the generated source instead")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write source and report there")
+    _output_flags(parser)
+    _config_flags(parser, [flag for flag in _CONFIG_FLAGS if flag not in _MODEL_FLAGS])
+
+
 def _verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    verbs: _Verbs,
     name: str,
     run: Callable[[argparse.Namespace], int],
     text: str,
@@ -242,10 +294,27 @@ def _verb(
         metavar="KEY=VALUE",
         help="a size or option of the target, such as num_hidden_layers=4; repeatable",
     )
+    _output_flags(parser)
+    config = _config_flags(parser, _CONFIG_FLAGS)
+    for field in ("include", "exclude"):
+        config.add_argument(
+            f"--{field}",
+            action="append",
+            metavar="PATTERN",
+            help=f"{field} sites whose name matches this shell pattern; repeatable",
+        )
+    return parser
+
+
+def _output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _config_flags(parser: argparse.ArgumentParser, flags: Iterable[str]) -> argparse._ArgumentGroup:
     config = parser.add_argument_group("configuration (fields of MHCConfig)")
-    for flag, (field, kind, meaning) in _CONFIG_FLAGS.items():
+    for flag in flags:
+        field, kind, meaning = _CONFIG_FLAGS[flag]
         metavar = flag.rpartition("-")[2].upper()
         config.add_argument(flag, dest=field, type=kind, metavar=metavar, help=meaning)
     config.add_argument(
@@ -255,14 +324,7 @@ def _verb(
         const=False,
         help="mappings that do not depend on the token",
     )
-    for field in ("include", "exclude"):
-        config.add_argument(
-            f"--{field}",
-            action="append",
-            metavar="PATTERN",
-            help=f"{field} sites whose name matches this shell pattern; repeatable",
-        )
-    return parser
+    return config
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from typing import Any, Literal, Self, get_args
 from mhc_compile.errors import ConfigError, KernelError
 from mhc_compile.kernels.constraints import constraint_named
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.pipeline import OPTIONAL_PASSES
 
 Collapse = Literal["mean", "sum", "learned"]
 Init = Literal["preserve", "paper"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 OnEager = Literal["raise", "warn", "ignore"]
-Kernels = Literal["auto", "cpp", "reference"]
+Kernels = Literal["auto", "triton", "cpp", "reference"]
 _CHOICES = {
     "collapse": Collapse,
     "init": Init,
@@ -60,10 +61,18 @@ class MHCConfig:
     exclude: tuple[str, ...] = ()
     """Of those, none whose name matches one of these."""
     kernels: Kernels = "auto"
-    """What computes the mhc ops: "auto" takes generated C++ wherever it can, "cpp" refuses anything
-    else, "reference" is plain torch."""
+    """What computes the mhc ops: "auto" takes the generated kernels of the device wherever they can
+    (C++ on a CPU, Triton on a GPU), "cpp" and "triton" refuse anything else, "reference" is plain
+    torch."""
     inner: Inner = "inductor"
     """What compiles the rewritten graph."""
+    recompute: int | Literal["auto", "off"] = "auto"
+    """What the backward makes again instead of keeping it: "auto" keeps the state once a block of
+    sites, of the length of the paper's equation (20), and every branch output; a number is the
+    length of the blocks; "off" leaves it to torch. With a budget in
+    ``torch._functorch.config.activation_memory_budget``, "auto" is "off"."""
+    skip_passes: tuple[str, ...] = ()
+    """Passes to leave out: ``join_seams_pass``. The result is the same, and slower."""
     on_eager: OnEager = "raise"
     """What a converted model does when it is called without the "mhc" backend."""
 
@@ -75,13 +84,24 @@ class MHCConfig:
                 raise ConfigError(
                     f"{name}={value!r} is not allowed: use one of {', '.join(allowed)}"
                 )
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "skip_passes"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(p, str) for p in value):
-                raise ConfigError(
-                    f"{name}={value!r} is not allowed: give a tuple of shell patterns"
-                )
+                what = "names of passes" if name == "skip_passes" else "shell patterns"
+                raise ConfigError(f"{name}={value!r} is not allowed: give a tuple of {what}")
             object.__setattr__(self, name, tuple(value))
+        if unknown := sorted(set(self.skip_passes) - set(OPTIONAL_PASSES)):
+            raise ConfigError(
+                f"skip_passes={self.skip_passes!r} is not allowed: there is no {unknown[0]!r}, "
+                f"but {', '.join(OPTIONAL_PASSES)}"
+            )
+        if self.recompute not in ("auto", "off") and not (
+            type(self.recompute) is int and self.recompute >= 1
+        ):
+            raise ConfigError(
+                f"recompute={self.recompute!r} is not allowed: use 'auto', 'off' or the number of "
+                "sites in a block"
+            )
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(
                 f"collapse='sum' multiplies the trunk by {self.streams} and so cannot preserve the "

@@ -141,6 +141,10 @@ class Matches:
             )
 
 
+_AT_COMPILE = frozenset({"inner", "recompute", "skip_passes"})
+"""Options that say how the widened graph is compiled, whatever the conversion had."""
+
+
 def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) -> None:
     """Refuse options that contradict the conversion.
 
@@ -153,7 +157,7 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
     converted = next((sites.config for sites in known if sites is not None), None)
     if converted is None:
         return
-    for name in sorted(given - {"inner"}):
+    for name in sorted(given - _AT_COMPILE):
         if mine[name] != converted[name]:
             raise ConfigError(
                 f"{name}={mine[name]!r} contradicts the conversion of this model, which had "

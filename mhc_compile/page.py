@@ -4,11 +4,19 @@ import difflib
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from mhc_compile.memory import memory_plan
 from mhc_compile.pictures.svg import to_svg
 from mhc_compile.recorder import GraphRecord, Recorder
 from mhc_compile.report import Report
 from mhc_compile.stages import Stage
-from mhc_compile.tables import Table, byte_table, report_tables, stage_table, summary_line
+from mhc_compile.tables import (
+    Table,
+    byte_table,
+    memory_tables,
+    report_tables,
+    stage_table,
+    summary_line,
+)
 
 _DIFF_LINES = 1500
 _SMALLEST = 0.75
@@ -57,6 +65,9 @@ def page(recorder: Recorder, report: Report) -> str:
         parts += _graph(graph, alone=len(recorder.graphs) == 1)
     parts.append("<h2>Residual sites and other adds</h2>")
     parts += [_table(table, frozenset(excerpts)) for table in report_tables(report, every_add=True)]
+    if report.trunks:
+        parts.append("<h2>Memory</h2>")
+        parts += [_table(table, frozenset()) for table in memory_tables(memory_plan(report))]
     for graph in recorder.graphs:
         parts += _changes(graph)
     parts.append("<h2>Source</h2>")

@@ -1,17 +1,22 @@
 """The passes in their order, and the runner that checks after each."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
 
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.canonicalize import canonicalize_pass
+from mhc_compile.passes.recompute import tag_recompute_pass
+from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
+
+OPTIONAL_PASSES = ("join_seams_pass",)
+"""The passes that only improve a graph, and so can be switched off."""
 
 
 def canonical_passes() -> list[tuple[str, Pass]]:
@@ -24,6 +29,25 @@ def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:
     return [
         ("widen_trunks_pass", functools.partial(widen_trunks_pass, widening=widening)),
     ]
+
+
+def improving_passes(
+    skip: Collection[str] = (), *, recompute: int | Literal["auto", "off"] = "off"
+) -> list[tuple[str, Pass]]:
+    """What happens to a graph of mhc ops, wherever they come from, in order.
+
+    Args:
+        skip: names to leave out, of `OPTIONAL_PASSES`.
+        recompute: as in `MHCConfig`.
+    """
+    length = recompute if isinstance(recompute, int) else None
+    passes: list[tuple[str, Pass]] = []
+    if recompute != "off":
+        tag = functools.partial(tag_recompute_pass, length=length)
+        passes.append(("tag_recompute_pass", tag))
+    # After the tags: a seam across the start of a block would make its state twice.
+    passes.append(("join_seams_pass", join_seams_pass))
+    return [(name, function) for name, function in passes if name not in skip]
 
 
 def run_passes(

@@ -15,7 +15,7 @@ from mhc_compile.convert import build_sites
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.hosts import resolve_by_path
 from mhc_compile.match import Matches, sites_of
-from mhc_compile.pipeline import Observer, rewrite_passes, run_passes
+from mhc_compile.pipeline import Observer, improving_passes, rewrite_passes, run_passes
 from mhc_compile.site import MHCSites
 from mhc_compile.uses import new_uses
 
@@ -69,6 +69,7 @@ def rewrite(
     attributes = _Attributes(exported, scope.names, built)
     widening = bind(analysis, matches.records, sites_in, attributes.node_of, {})
     run_passes(exported, (), rewrite_passes(widening), observe)
+    run_passes(exported, (), improving_passes(config.skip_passes), observe)
     return exported
 
 

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.passes.states import COLLAPSE, PRE, SEAM, trunk_of_states
 from mhc_compile.rewrite import rewrite
 
 
@@ -153,23 +154,21 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.trunk_of = _trunks(module.graph)
+        self.trunk_of = trunk_of_states(module.graph)
         self.seen: list[tuple[str, int, torch.Tensor, float]] = []
         """Name, trunk, H_res [tokens, n, n] (or [1, n, n] of a static site), spread."""
         self.spreads: dict[int, float] = dict.fromkeys(self.trunk_of.values(), 0.0)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is torch.ops.mhc.pre.default:
-            X, spec = self._state(n), SiteSpec.decode(cast("str", _argument(n, "spec")))
-            h_res = (
-                result[2].detach().double().flatten(0, -3)
-                if result[2].ndim > 2
-                else result[2][None].double()
-            )
+        if n.target in (PRE, SEAM):
+            # A seam also makes the state that its pre reads.
+            X, h_res = (self._state(n), result[2]) if n.target is PRE else (result[0], result[3])
+            spec = SiteSpec.decode(cast("str", _argument(n, "spec")))
+            maps = h_res.detach().double().reshape(-1, *h_res.shape[-2:])
             trunk = self.trunk_of[cast("fx.Node", _argument(n, "X"))]
-            self.seen.append((_site_name(n), trunk, h_res, _spread(X, spec)))
-        elif n.target is torch.ops.mhc.collapse.default:
+            self.seen.append((_site_name(n), trunk, maps, _spread(X, spec)))
+        elif n.target is COLLAPSE:
             X, spec = self._state(n), SiteSpec.decode(cast("str", _argument(n, "spec")))
             self.spreads[self.trunk_of[cast("fx.Node", _argument(n, "X"))]] = _spread(X, spec)
         return result
@@ -185,20 +184,6 @@ def _argument(node: fx.Node, name: str) -> Any:
     ]
     position = names.index(name)
     return node.args[position] if position < len(node.args) else node.kwargs[name]
-
-
-def _trunks(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The trunk of every node that carries an n-stream state."""
-    trunk_of: dict[fx.Node, int] = {}
-    ends = (torch.ops.mhc.pre.default, torch.ops.mhc.collapse.default)
-    for node in graph.nodes:
-        if node.target is torch.ops.mhc.expand.default:
-            trunk_of[node] = len(set(trunk_of.values()))
-        elif node.target not in ends:
-            carried = [trunk_of[source] for source in node.all_input_nodes if source in trunk_of]
-            if carried:
-                trunk_of[node] = carried[0]
-    return trunk_of
 
 
 def _site_name(node: fx.Node) -> str:

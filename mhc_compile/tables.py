@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mhc_compile.memory import MemoryPlan
 from mhc_compile.report import Report, Site
 from mhc_compile.stages import Stage, count_changes
 
@@ -200,6 +201,40 @@ def stability_tables(report: "StabilityReport") -> list[Table]:
         ),
         Table(title="Effective H_res, by rows", columns=("site", "matrix"), rows=tuple(matrices)),
     ]
+
+
+def memory_tables(plan: MemoryPlan) -> list[Table]:
+    """What `mhc_compile.memory.memory_plan` found, in MiB."""
+    rows = [
+        (
+            str(trunk.index),
+            str(trunk.sites),
+            f"{trunk.blocks} of {trunk.block}" if trunk.block else "none",
+            *(
+                _mebibytes(size)
+                for size in (
+                    trunk.states,
+                    trunk.branches,
+                    trunk.mappings,
+                    trunk.kept,
+                    trunk.peak,
+                    trunk.without,
+                )
+            ),
+            f"{trunk.rows} rows",
+        )
+        for trunk in plan.trunks
+    ]
+    columns = (
+        "trunk", "sites", "blocks", "states", "branch outputs", "mappings at most", "kept", "peak",
+        "kept without", "replayed",
+    )  # fmt: skip
+    title = f"Kept for the backward beside the branches' own, MiB (recompute={plan.recompute})"
+    return [Table(title=title, columns=columns, rows=tuple(rows))] if rows else []
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.2f}"
 
 
 def verify_tables(report: "VerifyReport") -> list[Table]:

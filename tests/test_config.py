@@ -24,7 +24,7 @@ from mhc_compile.kernels.spec import SiteSpec
         ("dynamic", "yes", "True or False"),
         ("collapse", "max", "mean, sum, learned"),
         ("init", "zeros", "preserve, paper"),
-        ("kernels", "cuda", "auto, cpp, reference"),
+        ("kernels", "cuda", "auto, triton, cpp, reference"),
         ("inner", "tvm", "inductor, aot_eager, eager"),
         ("on_eager", "explode", "raise, warn, ignore"),
         ("include", "layers.*", "tuple of shell patterns"),

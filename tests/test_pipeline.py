@@ -6,7 +6,13 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.plan import Plan
 from mhc_compile.passes.widen import Widening
-from mhc_compile.pipeline import canonical_passes, rewrite_passes, run_passes
+from mhc_compile.pipeline import (
+    OPTIONAL_PASSES,
+    canonical_passes,
+    improving_passes,
+    rewrite_passes,
+    run_passes,
+)
 
 
 def graph_module():
@@ -26,10 +32,17 @@ def replace_neg(gm, example_inputs):
 def test_the_passes_and_their_order_are_these():
     assert [name for name, _ in canonical_passes()] == ["canonicalize_pass"]
     assert [name for name, _ in rewrite_passes(Widening(Plan(), {}))] == ["widen_trunks_pass"]
+    assert [name for name, _ in improving_passes()] == ["join_seams_pass"]
+    names = [name for name, _ in improving_passes(recompute="auto")]
+    assert names == ["tag_recompute_pass", "join_seams_pass"]
+
+
+def test_passes_that_only_improve_can_be_left_out_by_name():
+    assert improving_passes(OPTIONAL_PASSES) == []
 
 
 def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
-    passes = [*canonical_passes(), *rewrite_passes(Widening(Plan(), {}))]
+    passes = [*canonical_passes(), *rewrite_passes(Widening(Plan(), {})), *improving_passes()]
     for _, function in passes:
         gm = graph_module()
         assert function(gm, ()) == PassResult(gm, False)

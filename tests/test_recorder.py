@@ -41,6 +41,10 @@ class Residual(nn.Module):
         return self.layers[2](self.layers[1](x))
 
 
+# Without seams, a site is one pre and one post.
+APART = MHCConfig(inner="eager", skip_passes=("join_seams_pass",), recompute="off")
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "_OF_PROCESS", {})
@@ -48,7 +52,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stages_are_the_plain_graph_each_pass_and_the_result() -> None:
     model = Residual()
-    report, recorded = trace_stages(model, torch.randn(2, 8))
+    report, recorded = trace_stages(model, torch.randn(2, 8), config=APART)
     assert [(s.number, s.name) for s in recorded.stages] == [
         (0, "before"),
         (1, "widen_trunks_pass"),
@@ -63,7 +67,7 @@ def test_stages_are_the_plain_graph_each_pass_and_the_result() -> None:
 
 
 def test_pictures_of_both_ends_fold_the_layers_and_widen_the_trunk() -> None:
-    _, recorded = trace_stages(Residual(), torch.randn(2, 8))
+    _, recorded = trace_stages(Residual(), torch.randn(2, 8), config=APART)
     before, after = (stage.view for stage in recorded.stages if stage.view is not None)
     assert [frame.times for frame in before.frames] == [3]
     assert [frame.times for frame in after.frames] == [3]
@@ -72,6 +76,19 @@ def test_pictures_of_both_ends_fold_the_layers_and_widen_the_trunk() -> None:
     assert [node.role for node in after.nodes] == [
         "input", "expand", "pre", "box", "post", "collapse", "output"
     ]  # fmt: skip
+
+
+def test_seams_are_drawn_on_the_trunk_with_what_they_read_out() -> None:
+    config = MHCConfig(inner="eager", recompute="off")
+    options = DumpOptions(fold=False)
+    _, recorded = trace_stages(Residual(), torch.randn(2, 8), config=config, options=options)
+    after = recorded.stages[-1].view
+    assert after is not None
+    roles = [node.role for node in after.nodes]
+    assert roles == ["input", "expand", "pre", "box", "seam", "box", "seam", "box", "post",
+                     "collapse", "output"]  # fmt: skip
+    out_of_first = {(e.target, e.kind) for e in after.edges if e.source == 4}
+    assert out_of_first == {(5, "data"), (6, "state"), (6, "coefficients")}
 
 
 def test_a_state_that_arrives_from_another_graph_is_drawn_as_streams() -> None:
@@ -84,7 +101,7 @@ def test_a_state_that_arrives_from_another_graph_is_drawn_as_streams() -> None:
 
 
 def test_kernels_bytes_and_source_lines_come_with_the_graph() -> None:
-    _, recorded = trace_stages(Residual(), torch.randn(2, 8))
+    _, recorded = trace_stages(Residual(), torch.randn(2, 8), config=APART)
     (graph,) = recorded.graphs
     assert list(graph.kernels) == ["sinkhorn_n4_float32.cpp"]
     assert "mhc_pre" in graph.kernels["sinkhorn_n4_float32.cpp"]
@@ -97,7 +114,7 @@ def test_kernels_bytes_and_source_lines_come_with_the_graph() -> None:
 
 def test_joint_and_backward_graphs_are_recorded_on_demand() -> None:
     options = DumpOptions(phases=("bw", "joint"), formats=("txt",))
-    _, recorded = trace_stages(Residual(), torch.randn(2, 8), options=options)
+    _, recorded = trace_stages(Residual(), torch.randn(2, 8), config=APART, options=options)
     by_phase = {(s.phase, s.name): s for s in recorded.stages}
     assert by_phase["bw", "after"].counts["mhc.pre_backward"] == 3
     assert by_phase["joint", "after"].counts["mhc.pre"] == 3
@@ -112,7 +129,7 @@ def test_mhc_dump_writes_every_compilation_of_the_process(
     for size in (2, 3):
         model = Residual()
         x = torch.randn(size, 8)
-        convert_(model, x, config=MHCConfig(inner="eager"))
+        convert_(model, x, config=APART)
         torch.compile(model, backend=mhc, options={"inner": "eager"})(x)
     names = {p.relative_to(tmp_path / "dump").as_posix() for p in (tmp_path / "dump").rglob("*.*")}
     assert {"index.html", "graph_0/fw/00_before.txt", "graph_1/fw/99_after.txt"} <= names
@@ -144,9 +161,10 @@ def test_stages_are_artifacts_of_the_structured_trace(monkeypatch: pytest.Monkey
     monkeypatch.setattr(log, "level", logging.DEBUG)
     log.addHandler(handler)
     monkeypatch.setenv("TORCH_TRACE", "")
+    options = {"inner": "eager", "recompute": "off", "skip_passes": ("join_seams_pass",)}
     try:
         with pytest.warns(MHCWarning):
-            torch.compile(Residual(), backend=mhc, options={"inner": "eager"})(torch.randn(2, 8))
+            torch.compile(Residual(), backend=mhc, options=options)(torch.randn(2, 8))
     finally:
         log.removeHandler(handler)
     assert seen == [

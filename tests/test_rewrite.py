@@ -64,15 +64,17 @@ def test_any_backend_and_eager_run_it() -> None:
     assert distance(torch.compile(module, backend="aot_eager")(x), expected) <= 1e-6
 
 
-def test_it_holds_expand_pre_post_and_collapse_and_no_marker() -> None:
+@pytest.mark.parametrize(
+    ("skip", "sites"),
+    [((), ["pre", *["seam"] * 3, "post"]), (("join_seams_pass",), ["pre", "post"] * 4)],
+)
+def test_it_holds_mhc_ops_and_no_marker(skip: tuple[str, ...], sites: list[str]) -> None:
     x = example()
-    module = mhc_compile.rewrite(converted(Net(), x), x)
+    model = converted(Net(), x)
+    module = mhc_compile.rewrite(model, x, config=MHCConfig(skip_passes=skip))
     ops = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
-    assert [op for op in ops if "mhc" in op] == [
-        "mhc.expand.default",
-        *["mhc.pre.default", "mhc.post.default"] * 4,
-        "mhc.collapse.default",
-    ]
+    expected = [f"mhc.{name}.default" for name in ("expand", *sites, "collapse")]
+    assert [op for op in ops if "mhc" in op] == expected
 
 
 def test_dynamic_shapes_stay_dynamic() -> None:

@@ -82,6 +82,18 @@ class Constraint(ABC):
         """
 
     @abstractmethod
+    def triton(self, spec: SiteSpec) -> str:
+        """Its lines of the generated Triton source, for a block of tokens.
+
+        Returns:
+            Functions for ``@triton.jit`` code: ``matrix(h0, h1, ...)`` from k logits to the tuple
+            of n * n entries in [out, in] order, and ``matrix_backward(g0, ..., h0, ...)`` from the
+            gradients of the entries, then the logits, to the tuple of the k gradients of those.
+            Every number is a float32 block ``[tokens]``; entries that no token changes may be
+            constants. Neither is defined unless `mixes`.
+        """
+
+    @abstractmethod
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The logits a site starts from.
 

@@ -38,6 +38,10 @@ class Identity(Constraint):
             "INLINE void matrix_backward(const vec*, const vec*, vec*) {}\n"
         )
 
+    def triton(self, spec: SiteSpec) -> str:
+        """Nothing to compute; see `Constraint.triton`."""
+        return "# H_res = I.\n"
+
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Empty."""
         return torch.empty(0, dtype=torch.float64)

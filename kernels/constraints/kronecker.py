@@ -6,6 +6,7 @@ import torch
 
 from mhc_compile.errors import KernelError
 from mhc_compile.kernels.constraints.base import Constraint, softmax_backward
+from mhc_compile.kernels.constraints.kronecker_triton import kronecker_triton
 from mhc_compile.kernels.cpp.text import function, total
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -95,6 +96,10 @@ class Kronecker(Constraint):
                 "matrix_backward(const vec* g, const vec* h, vec* dh)", [*weights, *sums, *back]
             )
         )
+
+    def triton(self, spec: SiteSpec) -> str:
+        """The same products; see `Constraint.triton`."""
+        return kronecker_triton(spec.streams)
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Keep against swap: 2 to 0 in every factor, or 3 to -3 as in A.6."""

@@ -6,6 +6,7 @@ import torch
 
 from mhc_compile.kernels.constraints.base import Constraint, Gate
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton.text import function, numbered, pack
 
 
 class Unconstrained(Constraint):
@@ -44,6 +45,15 @@ class Unconstrained(Constraint):
             f"  {copy} dh[i] = g[i];\n"
             "}\n"
         )
+
+    def triton(self, spec: SiteSpec) -> str:
+        """Entry by entry; see `Constraint.triton`."""
+        h, g = (numbered(name, spec.streams * spec.streams) for name in "hg")
+        functions = (
+            function("matrix", h, "H_res[i, j] = h[i n + j].", pack("return", h)),
+            function("matrix_backward", [*g, *h], "The same entries.", pack("return", g)),
+        )
+        return "\n\n".join(functions)
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The identity, for either ``init``."""

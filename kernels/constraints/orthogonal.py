@@ -1,11 +1,13 @@
 """Orthogonal: rotations of the streams through the Cayley transform."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 
 from mhc_compile.kernels.constraints.base import Constraint
-from mhc_compile.kernels.cpp.text import function, total
+from mhc_compile.kernels.constraints.orthogonal_triton import orthogonal_triton
+from mhc_compile.kernels.cpp.text import block, each, entry, function, row
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -51,14 +53,26 @@ class Orthogonal(Constraint):
         invert = [f"for (int i = 0; i < {n * n}; ++i) b[i] = splat(i % {n + 1} == 0);"]
         for k, (i, j) in enumerate(pairs):
             invert.append(f"b[{i * n + j}] = h[{k}]; b[{j * n + i}] = -h[{k}];")
-        for k in range(n):
-            invert.append(f"const vec pivot{k} = 1.0f / b[{k * n + k}];")
-            invert.append(f"b[{k * n + k}] = splat(1);")
-            invert += [f"b[{k * n + j}] *= pivot{k};" for j in range(n)]
-            for i in (i for i in range(n) if i != k):
-                invert.append(f"const vec factor{k}_{i} = b[{i * n + k}];")
-                invert.append(f"b[{i * n + k}] = vec{{}};")
-                invert += [f"b[{i * n + j}] -= factor{k}_{i} * b[{k * n + j}];" for j in range(n)]
+
+        def eliminate(k: str) -> Iterator[str]:
+            kk = entry(k, k, n)
+            yield f"const vec pivot{k} = 1.0f / b[{kk}];"
+            yield f"b[{kk}] = splat(1);"
+            yield from (f"b[{kj}] *= pivot{k};" for kj in row(k, n))
+            if k.isdigit():
+                for i in (i for i in range(n) if i != int(k)):
+                    yield from eliminate_row(str(i), k)
+            else:
+                rows = block("if (i != k)", eliminate_row("i", k))
+                yield from block(f"for (int i = 0; i < {n}; ++i)", rows)
+
+        def eliminate_row(i: str, k: str) -> Iterator[str]:
+            yield f"const vec factor{k}_{i} = b[{entry(i, k, n)}];"
+            yield f"b[{entry(i, k, n)}] = vec{{}};"
+            for ij, kj in zip(row(i, n), row(k, n), strict=True):
+                yield f"b[{ij}] -= factor{k}_{i} * b[{kj}];"
+
+        invert += each(n, "k", eliminate)
         # Pivots of 1 beside entries of many cost digits; one step of Newton, B (2 I - (I + A) B),
         # gets them back.
         invert += [
@@ -75,19 +89,11 @@ class Orthogonal(Constraint):
         entries = [
             f"out[{i}] = 2.0f * b[{i}]{' - 1.0f' * (i % (n + 1) == 0)};" for i in range(n * n)
         ]
-        left = [  # B^T dH
-            f"const vec c{i}_{j} = "
-            + total(f"b[{k * n + i}] * g[{k * n + j}]" for k in range(n))
-            + ";"
-            for i in range(n)
-            for j in range(n)
-        ]
-
-        def both(i: int, j: int) -> str:  # B^T dH B^T
-            return total(f"c{i}_{k} * b[{j * n + k}]" for k in range(n))
-
-        back = [
-            f"dh[{k}] = -2.0f * (({both(i, j)}) - ({both(j, i)}));"
+        back = [f"vec c[{n * n}], d[{n * n}];"]
+        back += _products("c", "vec{}", "+", "b", "g", n, transposed=(True, False))
+        back += _products("d", "vec{}", "+", "c", "b", n, transposed=(False, True))
+        back += [
+            f"dh[{k}] = -2.0f * (d[{i * n + j}] - d[{j * n + i}]);"
             for k, (i, j) in enumerate(pairs)
         ]
         inverse = [f"vec b[{n * n}];", "invert(h, b);"]
@@ -95,24 +101,36 @@ class Orthogonal(Constraint):
             "// H_res = (I - A)(I + A)^-1 = 2 B - I with B = (I + A)^-1, A skew-symmetric.\n"
             + function("invert(const vec* h, vec* b)", invert)
             + function("matrix(const vec* h, vec* out)", [*inverse, *entries])
-            + function(
-                "matrix_backward(const vec* g, const vec* h, vec* dh)", [*inverse, *left, *back]
-            )
+            + function("matrix_backward(const vec* g, const vec* h, vec* dh)", [*inverse, *back])
         )
+
+    def triton(self, spec: SiteSpec) -> str:
+        """The same elimination; see `Constraint.triton`."""
+        return orthogonal_triton(spec.streams)
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """Zero, the identity, for either ``init``; the Jacobian there is -2, not 0."""
         return torch.zeros(self.logits(streams), dtype=torch.float64)
 
 
-def _products(out: str, start: str, sign: str, left: str, right: str, n: int) -> list[str]:
-    """C++ loops for ``out = start + sign * left right``."""
+def _products(
+    out: str,
+    start: str,
+    sign: str,
+    left: str,
+    right: str,
+    n: int,
+    transposed: tuple[bool, bool] = (False, False),
+) -> list[str]:
+    """C++ loops for ``out = start + sign * left right``, the factors ``transposed`` or not."""
+    ik = f"k * {n} + i" if transposed[0] else f"i * {n} + k"
+    kj = f"j * {n} + k" if transposed[1] else f"k * {n} + j"
     return [
         f"for (int i = 0; i < {n}; ++i)",
         f"  for (int j = 0; j < {n}; ++j) {{",
         f"    vec sum = {start};",
         f"    for (int k = 0; k < {n}; ++k)",
-        f"      sum {sign}= {left}[i * {n} + k] * {right}[k * {n} + j];",
+        f"      sum {sign}= {left}[{ik}] * {right}[{kj}];",
         f"    {out}[i * {n} + j] = sum;",
         "  }",
     ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mhc_compile.errors import KernelError
 from mhc_compile.kernels.constraints.base import Constraint, softmax_backward
+from mhc_compile.kernels.constraints.permutations_triton import permutations_triton
 from mhc_compile.kernels.cpp.text import function, items, total
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -81,6 +82,10 @@ class Permutations(Constraint):
                 [*weights, "vec dot = {};", *back, *ends],
             )
         )
+
+    def triton(self, spec: SiteSpec) -> str:
+        """The same sums; see `Constraint.triton`."""
+        return permutations_triton(_orders(spec.streams))
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """The identity weighs as much as all others together, or 3 against -3 as in A.6."""

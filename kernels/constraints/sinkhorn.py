@@ -6,6 +6,7 @@ import torch
 
 from mhc_compile.kernels.constraints.base import Constraint, softmax_backward
 from mhc_compile.kernels.constraints.sinkhorn_cpp import sinkhorn_cpp
+from mhc_compile.kernels.constraints.sinkhorn_triton import sinkhorn_triton
 from mhc_compile.kernels.spec import SiteSpec
 
 # Iterates are [out, in, tokens]: tokens innermost make every step a few long vector operations.
@@ -65,6 +66,10 @@ class Sinkhorn(Constraint):
     def cpp(self, spec: SiteSpec) -> str:
         """The same steps; see `Constraint.cpp`."""
         return sinkhorn_cpp(spec, self.start_eps)
+
+    def triton(self, spec: SiteSpec) -> str:
+        """The same steps; see `Constraint.triton`."""
+        return sinkhorn_triton(spec, self.start_eps)
 
     def initial_bias(self, streams: int, init: str) -> torch.Tensor:
         """``2 I`` (at n=4 a diagonal of 0.711), or A.6: 3 on the diagonal, -3 elsewhere."""

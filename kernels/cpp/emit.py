@@ -7,51 +7,82 @@ stand in the ``.hpp`` files beside this module. Numbers in parentheses are equat
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from typing import Literal
 
 import torch
 
 from mhc_compile.kernels.constraints import constraint_of
-from mhc_compile.kernels.cpp.text import function, literal, row, total
+from mhc_compile.kernels.cpp.text import (
+    UNROLLED,
+    block,
+    column,
+    each,
+    function,
+    literal,
+    row,
+    total,
+)
 from mhc_compile.kernels.spec import SiteSpec
 
-STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 """The dtypes that streams can have, and their names in the source."""
 
+Part = Literal["site", "head", "ends", "sinkhorn"]
+"""What a library is for: pre, post and seam of a site (of a static one post alone); a dynamic
+learned collapse; sums of the streams with the same weights for all tokens; Sinkhorn alone."""
+
+_LOOPS: dict[Part, tuple[str, ...]] = {
+    "site": ("projection", "coefficients", "pre", "post", "seam"),
+    "head": ("projection", "coefficients", "pre"),
+    "ends": ("ends",),
+    "sinkhorn": ("sinkhorn",),
+}
 _ACCUMULATORS = 24
 """Dot products that a pass over a token's channels keeps in registers."""
-_STEP = "[&](long c, auto at) __attribute__((always_inline))"
+Lines = Iterator[str]
+_STEP = "[&](long c, auto at) ALWAYS_INLINE"
 
 
 @cache
-def source(spec: SiteSpec, dtype: torch.dtype) -> str:
-    """The whole translation unit for the ops of one site.
+def source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
+    """The whole translation unit for some ops of one site.
 
     Args:
         spec: the site; its ``dim`` and ``kernels`` do not matter.
         dtype: of the streams, one of `STREAM_TYPES`.
+        part: which ops.
 
     Returns:
-        C++17 that defines ``mhc_pre``, ``mhc_pre_backward``, ``mhc_post``, ``mhc_post_backward``,
-        ``mhc_collapse`` and the two ``..._workspace``, with C linkage.
+        C++17 that defines ``mhc_<op>``, ``mhc_<op>_backward`` and what workspace they need,
+        ``mhc_<op>_workspace``, with C linkage.
     """
-    lanes, *loops = (_shared_text(name) for name in ("lanes", "projection", "pre", "post", "ends"))
-    return "\n".join((lanes, site_source(spec, dtype), *loops))
-
-
-def site_source(spec: SiteSpec, dtype: torch.dtype) -> str:
-    """The generated part of `source` alone."""
-    parts = (
-        _constants(spec, dtype),
-        _gates(spec),
-        constraint_of(spec).cpp(spec),
-        _read_streams(spec.streams),
-        _write_streams(spec),
-        _write_streams_backward(spec),
-        _sum_streams(spec.streams),
+    names = _LOOPS[part] if spec.dynamic or part != "site" else ("post",)
+    return "\n".join(
+        (_shared_text("lanes"), site_source(spec, dtype, part), *map(_shared_text, names))
     )
-    return "\n".join(parts)
+
+
+def site_source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
+    """The generated part of `source` alone."""
+    n = spec.streams
+    texts: tuple[str, ...]
+    if part == "ends":
+        texts = (_streams(n, dtype), _read_streams(n), _sum_streams(n))
+    elif part == "sinkhorn":
+        texts = (_streams(n, dtype), constraint_of(spec).cpp(spec))
+    elif part == "head":
+        head = replace(spec, constraint="identity")
+        matrix = constraint_of(head).cpp(head)
+        texts = (_streams(n, dtype), _head(spec), _gates(head), matrix, _read_streams(n))
+    else:
+        writes = (_write_streams(spec), _write_streams_backward(spec))
+        matrix = constraint_of(spec).cpp(spec)
+        reads = (_gates(spec), matrix, _read_streams(n)) if spec.dynamic else ()
+        texts = (_streams(n, dtype), _site(spec), *reads, *writes)
+    return "\n".join(texts)
 
 
 @cache
@@ -59,19 +90,40 @@ def _shared_text(name: str) -> str:
     return (files("mhc_compile.kernels.cpp") / f"{name}.hpp").read_text()
 
 
-def _constants(spec: SiteSpec, dtype: torch.dtype) -> str:
+def _streams(n: int, dtype: torch.dtype) -> str:
+    return f"typedef {STREAM_TYPES[dtype]} stream_t;\nconstexpr int N = {n};  // streams\n"
+
+
+def _site(spec: SiteSpec) -> str:
     constraint, n = constraint_of(spec), spec.streams
     k = constraint.logits(n)
-    norms = n if constraint.per_stream else 1
+    mixes = f"constexpr bool MIXES = {_flag(constraint.mixes)};\n"
+    if not spec.dynamic:
+        return f"""\
+// Static site with constraint {spec.constraint}.
+constexpr bool DYNAMIC = false;
+{mixes}"""
     return f"""\
-// Site: {spec.streams} streams, constraint {spec.constraint}.
-typedef {STREAM_TYPES[dtype]} stream_t;
-constexpr int N = {n};  // streams
+// Site with constraint {spec.constraint}.
+constexpr bool SITE = true, DYNAMIC = true;
 constexpr int M = {2 * n + k};  // logits: pre {n}, post {n}, res {k}
-constexpr int S = {norms};  // norms, and projected rows, per token
-constexpr bool MIXES = {"true" if constraint.mixes else "false"};
+constexpr int GROUPS = 3;  // scales of logits
+constexpr int S = {n if constraint.per_stream else 1};  // norms, and projected rows, per token
+{mixes}constexpr float NORM_EPS = {literal(spec.norm_eps)};
+"""
+
+
+def _head(spec: SiteSpec) -> str:
+    return f"""\
+// Learned collapse: H_pre alone.
+constexpr bool SITE = false, MIXES = false;
+constexpr int M = N, GROUPS = 1, S = 1;  // logits, their scales, norms per token
 constexpr float NORM_EPS = {literal(spec.norm_eps)};
 """
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _gates(spec: SiteSpec) -> str:
@@ -105,12 +157,12 @@ INLINE vec post_gate_backward(vec g, vec h) {{
 
 
 def _read_streams(n: int) -> str:
-    mixed = total(f"w[{i}] * load(x + {i} * padded + c)" for i in range(n))
+    mixed = total(f"w[{i}] * at.get(x + {i} * padded + c)" for i in range(n))
     text = function(
-        "read_streams(const float* x, long padded, const float* w, stream_t* u, long channels)",
+        "read_streams(const T* x, long padded, const float* w, stream_t* u, long channels)",
         [f"for_channels(channels, false, {_STEP} {{", f"  at.put(u + c, {mixed});", "});"],
     )
-    return f"// u = sum_i H_pre[i] X_i.\n{text}"
+    return f"// u = sum_i H_pre[i] X_i.\ntemplate <typename T>\n{text}"
 
 
 def _sum_streams(n: int) -> str:
@@ -129,68 +181,98 @@ def _sum_streams(n: int) -> str:
 def _write_streams(spec: SiteSpec) -> str:
     n, mixes = spec.streams, constraint_of(spec).mixes
 
-    def body() -> Iterator[str]:
+    def write(i: str) -> Lines:
+        carried = [f"r[{k}] * x[{j}]" for j, k in enumerate(row(i, n))] if mixes else [f"x[{i}]"]
+        yield f"  put(c, at, {i}, {total([*carried, f'p[{i}] * fc'])});"
+
+    def body() -> Lines:
         yield f"for_channels(channels, streamed, {_STEP} {{"
         yield "  const vec fc = at.get_next(f + c, channels);"
-        yield from (
-            f"  const vec x{j} = at.get_next(x + {j} * channels + c, {n} * channels);"
-            for j in range(n)
-        )
-        for i in range(n):
-            carried = [f"r[{k}] * x{j}" for j, k in enumerate(row(i, n))] if mixes else [f"x{i}"]
-            yield f"  at.put_far(y + {i} * channels + c, {total([*carried, f'p[{i}] * fc'])});"
+        yield from _load_streams("x", "X", "channels", range(n), n)
+        yield from each(n, "i", write)
         yield "});"
 
     head = (
-        "write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, "
-        "stream_t* y, long channels, bool streamed)"
+        "write_streams(const stream_t* X, const stream_t* f, const float* p, const float* r, "
+        "long channels, bool streamed, Put put)"
     )
-    return f"// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.\n{function(head, body())}"
+    return (
+        "// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.\n"
+        f"template <typename Put>\n{function(head, body())}"
+    )
+
+
+def _load_streams(name: str, rows: str, stride: str, streams: range, n: int) -> Lines:
+    yield f"  vec {name}[{n}];"
+    yield from (
+        f"  {name}[{i}] = at.get_next({rows} + {i} * {stride} + c, {n} * {stride});"
+        for i in streams
+    )
 
 
 def _write_streams_backward(spec: SiteSpec) -> str:
     n, mixes = spec.streams, constraint_of(spec).mixes
-    dots_per_row = n + 1 if mixes else 1
-    at_once = max(1, _ACCUMULATORS // dots_per_row)
     first_post = n * n if mixes else 0  # dots: H_res row-major, then H_post
+    at_once = max(1, _ACCUMULATORS // (n + 1 if mixes else 1))
 
-    def one_pass(rows: range) -> Iterator[str]:
+    def gradient(j: str) -> Lines:
+        terms = [f"r[{k}] * g[{i}]" for i, k in enumerate(column(j, n))] if mixes else [f"g[{j}]"]
+        yield f"  at.put_far(dx + {j} * channels + c, {total(terms)});"
+
+    def gradients() -> Lines:
+        yield from each(n, "j", gradient)
+        yield f"  at.put(df + c, {total(f'p[{i}] * g[{i}]' for i in range(n))});"
+
+    def dots(i: int) -> Lines:
+        if mixes:
+            yield from (f"  dots[{k}] += g[{i}] * x[{j}];" for j, k in enumerate(row(i, n)))
+        yield f"  dots[{first_post + i}] += g[{i}] * fc;"
+
+    def one_pass(rows: range) -> Lines:
         first = rows[0] == 0
         yield f"for_channels(channels, streamed, {_STEP} {{"
         yield "  const vec fc = at.get_next(f + c, channels);"
         # The first pass has all gradients at hand, and so writes those of X and f.
-        needed = range(n) if first else rows
-        yield from (
-            f"  const vec g{i} = at.get_next(g + {i} * channels + c, {n} * channels);"
-            for i in needed
-        )
+        yield from _load_streams("g", "G", "g_stride", range(n) if first else rows, n)
         if mixes:
-            yield from (
-                f"  const vec x{j} = at.get_next(x + {j} * channels + c, {n} * channels);"
-                for j in range(n)
-            )
+            yield from _load_streams("x", "X", "channels", range(n), n)
         if first:
-            for j in range(n):
-                terms = [f"r[{i * n + j}] * g{i}" for i in range(n)] if mixes else [f"g{j}"]
-                yield f"  at.put_far(dx + {j} * channels + c, {total(terms)});"
-            yield f"  at.put(df + c, {total(f'p[{i}] * g{i}' for i in range(n))});"
+            yield from gradients()
         for i in rows:
-            if mixes:
-                yield from (f"  dots[{i * n + j}] += g{i} * x{j};" for j in range(n))
-            yield f"  dots[{first_post + i}] += g{i} * fc;"
+            yield from dots(i)
         yield "});"
 
-    def body() -> Iterator[str]:
-        for start in range(0, n, at_once):
-            yield from one_pass(range(start, min(start + at_once, n)))
+    def body() -> Lines:
+        if n <= UNROLLED:
+            for start in range(0, n, at_once):
+                yield from one_pass(range(start, min(start + at_once, n)))
+            return
+        yield f"for_channels(channels, streamed, {_STEP} {{"
+        yield from _load_streams("g", "G", "g_stride", range(n), n)
+        yield from gradients()
+        yield "});"
+        yield from block(f"for (int i = 0; i < {n}; ++i)", one_row())
+
+    def one_row() -> Lines:
+        yield f"vec products[{n + 1}] = {{}};"
+        yield f"for_channels(channels, false, {_STEP} {{"
+        yield "  const vec g = at.get(G + i * g_stride + c);"
+        if mixes:
+            yield from (f"  products[{j}] += g * at.get(X + {j} * channels + c);" for j in range(n))
+        yield f"  products[{n}] += g * at.get(f + c);"
+        yield "});"
+        if mixes:
+            yield f"for (int j = 0; j < {n}; ++j) dots[i * {n} + j] = products[j];"
+        yield f"dots[{first_post} + i] = products[{n}];"
 
     head = (
-        "write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, "
-        "const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, "
-        "bool streamed)"
+        "write_streams_backward(const Grad* G, long g_stride, const stream_t* X, "
+        "const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, "
+        "vec* dots, long channels, bool streamed)"
     )
     comment = (
         "// dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with "
         "X_j\n// and f, whose sums over the channels are the gradients of H_res and H_post.\n"
+        "template <typename Grad>\n"
     )
     return comment + function(head, body())

@@ -8,7 +8,8 @@
 #include <omp.h>
 #endif
 
-#define MEMBER inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define MEMBER inline ALWAYS_INLINE
 #define INLINE static MEMBER
 #define UNROLL _Pragma("GCC unroll 32")  // GCC keeps arrays in registers only where loops vanish
 
@@ -30,7 +31,21 @@ typedef int32_t ivec __attribute__((vector_size(4 * L)));
 typedef uint32_t uvec __attribute__((vector_size(4 * L)));
 typedef uint16_t hvec __attribute__((vector_size(2 * L)));
 
+// Stays in a register, where GCC would rather load it again for every use.
+INLINE vec kept(vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 struct bf16 {
+  uint16_t bits;
+};
+
+struct half {
   uint16_t bits;
 };
 
@@ -46,14 +61,53 @@ INLINE vec load(const bf16* p) {
   return (vec)(__builtin_convertvector(v, uvec) << 16);
 }
 
+INLINE vec half_value(uvec bits) {  // the exponent's bias differs by 112
+  const uvec magnitude = (bits & 0x7fff) << 13;
+  const vec finite = (vec)magnitude * 0x1p112f;
+  const uvec value = magnitude < (0x7c00u << 13) ? (uvec)finite : magnitude | 0x7f800000;
+  return (vec)(value | (bits & 0x8000) << 16);
+}
+
+INLINE vec load(const half* p) {
+  hvec v;
+  std::memcpy(&v, p, sizeof v);
+  return half_value(__builtin_convertvector(v, uvec));
+}
+
 INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-INLINE void store(bf16* p, vec v) {  // to nearest, ties to even; a NaN stays one
+INLINE uvec bf16_bits(vec v) {  // to nearest, ties to even; a NaN stays one
   const uvec bits = (uvec)v;
   const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const hvec h = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, hvec);
+  return v == v ? rounded : (bits >> 16) | 0x40;
+}
+
+INLINE void store(bf16* p, vec v) {
+  const hvec h = __builtin_convertvector(bf16_bits(v), hvec);
   std::memcpy(p, &h, sizeof h);
 }
+
+INLINE uvec half_bits(vec v) {  // to nearest, ties to even; a NaN stays one
+  const uvec sign = (uvec)v >> 16 & 0x8000, a = (uvec)v & 0x7fffffff;
+  // Below 2^-14 the steps are those of floats around 1/2.
+  const uvec small = (uvec)((vec)a + 0.5f) - 0x3f000000;
+  const uvec normal = ((a + 0xfff + (a >> 13 & 1)) >> 13) - (112 << 10);
+  uvec h = a < 0x38800000 ? small : normal;
+  h = a >= 0x477ff000 ? uvec{} + 0x7c00 : h;
+  h = a > 0x7f800000 ? uvec{} + 0x7e00 : h;
+  return h | sign;
+}
+
+INLINE void store(half* p, vec v) {
+  const hvec h = __builtin_convertvector(half_bits(v), hvec);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// What a reader gets of a value that is stored as a T.
+template <typename T> INLINE vec rounded(vec v);
+template <> MEMBER vec rounded<float>(vec v) { return v; }
+template <> MEMBER vec rounded<bf16>(vec v) { return (vec)(bf16_bits(v) << 16); }
+template <> MEMBER vec rounded<half>(vec v) { return half_value(half_bits(v)); }
 
 // Past the caches, for what is not read again soon: the line is not fetched before it is written.
 INLINE void stream(float* p, vec v) {
@@ -69,6 +123,7 @@ INLINE void stream(float* p, vec v) {
 }
 
 INLINE void stream(bf16* p, vec v) { store(p, v); }
+INLINE void stream(half* p, vec v) { store(p, v); }
 
 // Streamed stores are weakly ordered: other threads see them only after this.
 INLINE void finish_streams() {
@@ -130,6 +185,8 @@ template <typename Step> INLINE void for_channels(long channels, bool far, Step 
 template <typename T> INLINE bool far(const T* out, long tokens, long row) {
   return sizeof(T) == 4 && tokens * row >= (1 << 20) && row % L == 0 && (uintptr_t)out % 64 == 0;
 }
+
+constexpr long padded_to_vectors(long count) { return (count + L - 1) / L * L; }
 
 INLINE vec splat(float x) { return vec{} + x; }
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }
@@ -238,4 +295,16 @@ INLINE Range share(long tokens) {
   const long first = thread() * each + (thread() < rest ? thread() : rest);
   const long last = first + each + (thread() < rest);
   return {first * L, last * L < tokens ? last * L : tokens};
+}
+
+// The sums of all threads' own, in their order; to be called by all threads of a team.
+static void sum_over_team(const double* own, int count, double* all, float* out) {
+  std::memcpy(all + thread() * count, own, count * sizeof(double));
+#pragma omp barrier
+#pragma omp single
+  for (int i = 0; i < count; ++i) {
+    double total = 0;
+    for (int b = 0; b < team(); ++b) total += all[b * count + i];
+    out[i] = float(total);
+  }
 }

@@ -1,37 +1,75 @@
 // mhc::post and its gradient: each token's rows are read once and written once.
 
-extern "C" void mhc_post(const stream_t* X, const stream_t* F, const float* h_post,
-                         const float* h_res, stream_t* Y, long tokens, long channels, int threads) {
-  const bool streamed = far(Y, tokens, N * channels);
-#pragma omp parallel num_threads(threads)
-  {
-    const Range range = share(tokens);
-    for (long t = range.first; t < range.last; ++t)
-      write_streams(X + t * N * channels, F + t * channels, h_post + t * N,
-                    MIXES ? h_res + t * N * N : nullptr, Y + t * N * channels, channels, streamed);
-    finish_streams();
-  }
+// Where the mappings of a token stand; static ones are the same for all, and some have no matrix.
+INLINE const float* token_post(const float* h_post, long t) {
+  return DYNAMIC ? h_post + t * N : h_post;
+}
+INLINE const float* token_res(const float* h_res, long t) {
+  return !MIXES ? nullptr : DYNAMIC ? h_res + t * N * N : h_res;
 }
 
-extern "C" void mhc_post_backward(const stream_t* dY, const stream_t* X, const stream_t* F,
-                                  const float* h_post, const float* h_res, stream_t* dX,
-                                  stream_t* dF, float* dh_post, float* dh_res, long tokens,
-                                  long channels, int threads) {
-  const bool streamed = far(dX, tokens, N * channels);
+extern "C" void mhc_post(const stream_t* X, const stream_t* F, const float* h_post,
+                         const float* h_res, stream_t* Y, long tokens, long channels, int threads) {
+  const long row = N * channels;
+  const bool streamed = far(Y, tokens, row);
 #pragma omp parallel num_threads(threads)
   {
     const Range range = share(tokens);
     for (long t = range.first; t < range.last; ++t) {
-      vec dots[padded_to_vectors(N + N * N)] = {};
-      write_streams_backward(dY + t * N * channels, X + t * N * channels, F + t * channels,
-                             h_post + t * N, MIXES ? h_res + t * N * N : nullptr,
-                             dX + t * N * channels, dF + t * channels, dots, channels, streamed);
-      constexpr int COUNT = N + (MIXES ? N * N : 0);
-      float sums[padded_to_vectors(COUNT)];
-      for (int i = 0; i < COUNT; i += L) store(sums + i, lane_sums(dots + i));
-      std::memcpy(dh_post + t * N, sums + COUNT - N, N * sizeof(float));
-      if (MIXES) std::memcpy(dh_res + t * N * N, sums, N * N * sizeof(float));
+      stream_t* const out = Y + t * row;
+      write_streams(X + t * row, F + t * channels, token_post(h_post, t), token_res(h_res, t),
+                    channels, streamed, [&](long c, auto at, int j, vec value) ALWAYS_INLINE {
+                      at.put_far(out + j * channels + c, value);
+                    });
     }
     finish_streams();
   }
+}
+
+constexpr int DOTS = N + (MIXES ? N * N : 0);  // gradients of H_res, row-major, then of H_post
+
+// One token, from the gradient of its next state, whose rows stand g_stride apart.
+template <typename G>
+INLINE void write_token_backward(const G* g, long g_stride, const stream_t* x, const stream_t* f,
+                                 const float* p, const float* r, stream_t* dx, stream_t* df,
+                                 float* sums, long channels, bool streamed) {
+  vec dots[padded_to_vectors(DOTS)] = {};
+  write_streams_backward(g, g_stride, x, f, p, r, dx, df, dots, channels, streamed);
+  for (int i = 0; i < DOTS; i += L) store(sums + i, lane_sums(dots + i));
+}
+
+INLINE void put_dots(const float* sums, float* dp, float* dr) {
+  std::memcpy(dp, sums + DOTS - N, N * sizeof(float));
+  if (MIXES) std::memcpy(dr, sums, N * N * sizeof(float));
+}
+
+extern "C" long mhc_post_backward_workspace(long, int threads) {
+  return DYNAMIC ? 0 : threads * DOTS * sizeof(double) / sizeof(float);
+}
+
+extern "C" void mhc_post_backward(const stream_t* dY, const stream_t* X, const stream_t* F,
+                                  const float* h_post, const float* h_res, stream_t* dX,
+                                  stream_t* dF, float* dh_post, float* dh_res, double* workspace,
+                                  long tokens, long channels, int threads) {
+  const long row = N * channels;
+  const bool streamed = far(dX, tokens, row);
+  float shared[DOTS];
+#pragma omp parallel num_threads(threads)
+  {
+    double own[DOTS] = {};
+    const Range range = share(tokens);
+    for (long t = range.first; t < range.last; ++t) {
+      float sums[padded_to_vectors(DOTS)];
+      write_token_backward(dY + t * row, channels, X + t * row, F + t * channels,
+                           token_post(h_post, t), token_res(h_res, t), dX + t * row,
+                           dF + t * channels, sums, channels, streamed);
+      if (DYNAMIC)
+        put_dots(sums, dh_post + t * N, dh_res + (MIXES ? t * N * N : 0));
+      else
+        for (int i = 0; i < DOTS; ++i) own[i] += sums[i];
+    }
+    finish_streams();
+    if (!DYNAMIC) sum_over_team(own, DOTS, workspace, shared);
+  }
+  if (!DYNAMIC) put_dots(shared, dh_post, dh_res);
 }

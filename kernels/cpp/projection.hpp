@@ -1,16 +1,28 @@
 // The projection z = vec(X) phi and its two gradients, for blocks of at most L tokens.
 //
-// Blocks are floats [tokens][streams][padded], channels padded with zeros to whole vectors; phi is
+// Blocks are floats [tokens][streams][padded], channels padded with zeros to whole vectors, and a few
+// floats after every token: rows a power of two apart would meet in few sets of the cache. phi is
 // packed as [chunk of L channels][output][L], so that no vector reaches over two streams.
 
-constexpr long padded_to_vectors(long channels) { return (channels + L - 1) / L * L; }
-
-// The memory of the next block, requested line by line while the present one is worked on.
+// The memory of the next block, requested line by line while the present one is worked on: many
+// requests at once would stand in each other's way.
 struct Ahead {
-  const char *at, *end;
-  MEMBER void fetch(int lines) {
-    for (int i = 0; i < lines; ++i, at += 64)
-      if (at < end) __builtin_prefetch(at, 0, 2);
+  static constexpr int MOST = 4;
+  const char *at = nullptr, *end = nullptr;
+  const char *waiting[MOST][2];
+  int left = 0;
+
+  template <typename T> MEMBER void add(const T* first, const T* last) {
+    waiting[left][0] = (const char*)first;
+    waiting[left++][1] = (const char*)last;
+  }
+  MEMBER void fetch() {
+    if (at >= end) {
+      if (left == 0) return;
+      at = waiting[--left][0], end = waiting[left][1];
+    }
+    __builtin_prefetch(at, 0, 2);
+    at += 64;
   }
 };
 
@@ -56,17 +68,29 @@ template <typename T> INLINE bool in_place(long channels, int count) {
   return sizeof(T) == 4 && channels % L == 0 && count % ROWS == 0;
 }
 
+// The rows of a block: one of every token, all its streams, `stride` apart.
+struct Rows {
+  const float* at;
+  long stride;
+};
+
+// Zeroes the rows of a block that no token has.
+INLINE void clear_after(float* block, long stride, int count) {
+  if (count < L) std::memset(block + count * stride, 0, (L - count) * stride * sizeof(float));
+}
+
 // A block in the form above: where it stands, or a copy of it in `copy`.
 template <typename T>
-INLINE const float* staged(const T* from, float* copy, int streams, long channels, long padded,
-                           int count) {
-  if (in_place<T>(channels, count)) return (const float*)from;
-  for (long row = 0; row < (long)count * streams; ++row)
-    for_channels(channels, false, [&](long c, auto at) {
-      store(copy + row * padded + c, at.get(from + row * channels + c));
-    });
-  std::memset(copy + count * streams * padded, 0, (L - count) * streams * padded * sizeof(float));
-  return copy;
+INLINE Rows staged(const T* from, float* copy, int streams, long channels, long padded,
+                   long stride, int count) {
+  if (in_place<T>(channels, count)) return {(const float*)from, streams * channels};
+  for (int t = 0; t < count; ++t)
+    for (int j = 0; j < streams; ++j)
+      for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+        store(copy + t * stride + j * padded + c, at.get(from + (t * streams + j) * channels + c));
+      });
+  clear_after(copy, stride, count);
+  return {copy, stride};
 }
 
 template <int W, int O, bool FIRST>
@@ -74,7 +98,7 @@ static void project_tile(const float* x, long stride, long width, const float* p
                          vec (*sums)[L]) {
   vec z[ROWS][W] = {}, squares[ROWS] = {};
   for (long k = 0; k < width; k += L) {
-    if (FIRST) ahead.fetch(ROWS * L / 16);
+    ahead.fetch();
     vec rows[ROWS];
     UNROLL for (int t = 0; t < ROWS; ++t) rows[t] = load(x + t * stride + k);
     UNROLL for (int o = 0; o < W; ++o) {
@@ -112,9 +136,11 @@ static void project(const float* x, long stride, long width, int count, const fl
 }
 
 template <int V, int W, int O>
-INLINE void phi_tile(const float* x, long stride, int count, const float* dz, float* dphi) {
+INLINE void phi_tile(const float* x, long stride, int count, const float* dz, float* dphi,
+                     Ahead& ahead) {
   vec sums[V][W] = {};
   for (int t = 0; t < count; ++t) {
+    ahead.fetch();
     vec columns[V];
     UNROLL for (int v = 0; v < V; ++v) columns[v] = load(x + t * stride + v * L);
     UNROLL for (int o = 0; o < W; ++o) {
@@ -131,35 +157,40 @@ INLINE void phi_tile(const float* x, long stride, int count, const float* dz, fl
 
 // dphi += x^T dz over the tokens of a block, for V chunks.
 template <int V, int O>
-static void add_phi_gradient(const float* x, long stride, int count, const float* dz, float* dphi) {
+static void add_phi_gradient(const float* x, long stride, int count, const float* dz, float* dphi,
+                             Ahead& ahead) {
   int o = 0;
   for (; o + OUTS <= O; o += OUTS)
-    phi_tile<V, OUTS, O>(x, stride, count, dz + o, dphi + o * L);
+    phi_tile<V, OUTS, O>(x, stride, count, dz + o, dphi + o * L, ahead);
   if constexpr (O % OUTS != 0)
-    phi_tile<V, O % OUTS, O>(x, stride, count, dz + o, dphi + o * L);
+    phi_tile<V, O % OUTS, O>(x, stride, count, dz + o, dphi + o * L, ahead);
 }
 
-// dx = dz phi^T + shrink x + weight du for V chunks: through the product, the norm, the pre-mix.
-template <int V, int O>
-static void state_gradient(const float* x, const float* du, long du_stride, long stride, int count,
-                           const float* phi, const float* dz, vec shrink, vec weight, float* dx,
-                           bool streamed) {
+// dx = dz phi^T + shrink x + weight du for V chunks: through the product, the norm, the pre-mix;
+// plus `more` if MORE.
+template <int V, int O, bool MORE>
+static void state_gradient(Rows x, Rows du, Rows more, int count, const float* phi,
+                           const float* dz, vec shrink, vec weight, float* dx, long dx_stride,
+                           bool streamed, Ahead& ahead) {
   for (int t = 0; t < count; t += ROWS) {
     vec sums[ROWS][V];
     UNROLL for (int r = 0; r < ROWS; ++r) {
-      UNROLL for (int v = 0; v < V; ++v)
-        sums[r][v] = shrink[t + r] * load(x + (t + r) * stride + v * L) +
-                     weight[t + r] * load(du + (t + r) * du_stride + v * L);
+      UNROLL for (int v = 0; v < V; ++v) {
+        sums[r][v] = shrink[t + r] * load(x.at + (t + r) * x.stride + v * L) +
+                     weight[t + r] * load(du.at + (t + r) * du.stride + v * L);
+        if (MORE) sums[r][v] += load(more.at + (t + r) * more.stride + v * L);
+      }
     }
     for (int o = 0; o < O; ++o) {
+      ahead.fetch();
       UNROLL for (int v = 0; v < V; ++v) {
-        const vec column = load(phi + (v * O + o) * L);
+        const vec column = kept(load(phi + (v * O + o) * L));
         UNROLL for (int r = 0; r < ROWS; ++r) sums[r][v] += dz[(t + r) * O + o] * column;
       }
     }
     UNROLL for (int r = 0; r < ROWS; ++r) {
       UNROLL for (int v = 0; v < V; ++v) {
-        float* to = dx + (t + r) * stride + v * L;
+        float* to = dx + (t + r) * dx_stride + v * L;
         if (streamed)
           stream(to, sums[r][v]);
         else

@@ -5,11 +5,9 @@ from functools import cache
 import torch
 
 from mhc_compile.errors import KernelError
-from mhc_compile.kernels.cpp.emit import STREAM_TYPES
-from mhc_compile.kernels.cpp.launch import library
+from mhc_compile.kernels.cpp.call import library
+from mhc_compile.kernels.cpp.emit import STREAM_TYPES, Part
 from mhc_compile.kernels.spec import SiteSpec
-
-_STREAMS = range(2, 9)
 
 
 def obstacle(
@@ -34,20 +32,32 @@ def obstacle(
         return "an argument is float64"
     if branch is not None and torch.promote_types(branch.dtype, X.dtype) != X.dtype:
         return f"the branch output is {branch.dtype}, wider than its streams"
-    if spec.dim != -1:
-        return f"channels are on axis {spec.dim}, not the last"
-    if spec.streams not in _STREAMS:
-        return f"it has {spec.streams} streams, not {_STREAMS[0]} to {_STREAMS[-1]}"
-    if not spec.dynamic:
-        return "its mappings are static"
     return None
 
 
+def parts(op: str, spec: SiteSpec, learned: bool) -> tuple[Part, ...]:
+    """The libraries that an op of a site needs.
+
+    Args:
+        op: its name.
+        spec: the site.
+        learned: whether a collapse has parameters.
+    """
+    if op.startswith("mhc::sinkhorn"):
+        return ("sinkhorn",)
+    if op.startswith("mhc::collapse"):
+        return ("head" if learned and spec.dynamic else "ends",)
+    if spec.dynamic or op.startswith("mhc::post"):
+        return ("site",)
+    return ("ends",) if op.startswith("mhc::pre") else ("ends", "site")
+
+
 @cache
-def build_failure(spec: SiteSpec, dtype: torch.dtype) -> str | None:
-    """Why there is no library for this site."""
+def build_failure(spec: SiteSpec, dtype: torch.dtype, needed: tuple[Part, ...]) -> str | None:
+    """Why there are no libraries for this site."""
     try:
-        library(spec, dtype)
+        for part in needed:
+            library(spec, dtype, part)
     except KernelError as error:
         return str(error)
     return None

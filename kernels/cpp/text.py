@@ -1,19 +1,38 @@
 """Pieces of C++ text that the emitter and the constraints share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+UNROLLED = 8
+"""Up to so many streams code is written out for each; more would take long to compile."""
 
 
-def row(i: int, n: int) -> list[int]:
+def each(n: int, name: str, body: Callable[[str], Iterable[str]]) -> Iterator[str]:
+    """``body`` for each of n streams: written out, or in a loop over ``name``."""
+    if n <= UNROLLED:
+        for i in range(n):
+            yield from body(str(i))
+    else:
+        yield from block(f"for (int {name} = 0; {name} < {n}; ++{name})", body(name))
+
+
+def entry(i: int | str, j: int | str, n: int) -> str:
+    """Flat index of an entry of an n x n matrix, row-major; i and j are numbers or variables."""
+    if str(i).isdigit() and str(j).isdigit():
+        return str(int(i) * n + int(j))
+    return f"{i} * {n} + {j}"
+
+
+def row(i: int | str, n: int) -> list[str]:
     """Flat indices of row ``i`` of an n x n matrix, row-major."""
-    return [i * n + j for j in range(n)]
+    return [entry(i, j, n) for j in range(n)]
 
 
-def column(j: int, n: int) -> list[int]:
+def column(j: int | str, n: int) -> list[str]:
     """Flat indices of column ``j`` of an n x n matrix, row-major."""
-    return [i * n + j for i in range(n)]
+    return [entry(i, j, n) for i in range(n)]
 
 
-def items(name: str, indices: Iterable[int]) -> list[str]:
+def items(name: str, indices: Iterable[int | str]) -> list[str]:
     """``name[i]`` for each index."""
     return [f"{name}[{i}]" for i in indices]
 

@@ -164,6 +164,9 @@ def _same(one: _Reads, other: _Reads, period: int, entry: int) -> bool:
 def _label(first: Sequence[ViewNode], last: Sequence[ViewNode]) -> str:
     """``"h.0 … h.47"``: where the first and the last of a run lie."""
     paths = [_common([node.path for node in nodes]) for nodes in (first, last)]
+    ends = first[0].path, last[-1].path
+    if paths[0] == paths[1] and ends[0] != ends[1]:  # a run of several layers
+        paths = list(ends)
     if paths[0] == paths[1]:
         named = [(a.lines[0], b.lines[0]) for a, b in zip(first, last, strict=True)]
         differ = [f"{a} … {b}" for a, b in named if a != b and not a.startswith("mhc.")]

@@ -13,6 +13,8 @@ LANES = (
 """Colours of the streams; more streams than these share one thick line."""
 
 _LANE, _RADIUS = 4.0, 9.0
+_LABELLED = 130.0
+"""Length from which on a line of mappings says so."""
 _HEAD = 9.0
 """Length of an arrow head."""
 COLORS = {"state": LANES[0], "data": "#64748b", "coefficients": "#7c3aed"}
@@ -97,8 +99,8 @@ def _line(line: Line) -> Iterator[str]:
         width = 4 if edge.streams == 1 else 9
     yield _path(_shortened(line.points, _HEAD), color, width, dashed=edge.kind == "coefficients")
     yield _head(line.points, color, 4 + width / 2)
-    if edge.kind == "coefficients" and len(line.points) == 4:
-        x, y = line.points[2]
+    if edge.kind == "coefficients" and _distance(*line.points[-2:]) > _LABELLED:
+        x, y = line.points[-2]
         yield f'<text class="b c" x="{_number(x - 8)}" y="{_number(y - 5)}">H_post, H_res</text>'
     if edge.streams > len(LANES):
         x, y = line.points[0]

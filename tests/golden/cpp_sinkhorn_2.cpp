@@ -1,7 +1,10 @@
-// Site: 2 streams, constraint sinkhorn.
 typedef float stream_t;
 constexpr int N = 2;  // streams
+
+// Site with constraint sinkhorn.
+constexpr bool SITE = true, DYNAMIC = true;
 constexpr int M = 8;  // logits: pre 2, post 2, res 4
+constexpr int GROUPS = 3;  // scales of logits
 constexpr int S = 1;  // norms, and projected rows, per token
 constexpr bool MIXES = true;
 constexpr float NORM_EPS = 1e-06f;
@@ -23,23 +26,24 @@ INLINE vec post_gate_backward(vec g, vec h) {
 
 // (19): exp, then 20 times columns and rows divided by their sums.
 INLINE void first_steps(const vec* h, vec* start, vec* divisors, vec* m) {
-  const vec top0 = max(h[0], h[2]);
-  start[0] = exp(h[0] - top0);
-  start[2] = exp(h[2] - top0);
-  const vec column0 = 1.0f / (start[0] + start[2]);
-  start[0] *= column0; start[2] *= column0;
-  const vec top1 = max(h[1], h[3]);
-  start[1] = exp(h[1] - top1);
-  start[3] = exp(h[3] - top1);
-  const vec column1 = 1.0f / (start[1] + start[3]);
-  start[1] *= column1; start[3] *= column1;
+  vec top[2], column[2];
+  top[0] = max(h[0], h[2]);
+  start[0] = exp(h[0] - top[0]);
+  start[2] = exp(h[2] - top[0]);
+  column[0] = 1.0f / (start[0] + start[2]);
+  start[0] *= column[0]; start[2] *= column[0];
+  top[1] = max(h[1], h[3]);
+  start[1] = exp(h[1] - top[1]);
+  start[3] = exp(h[3] - top[1]);
+  column[1] = 1.0f / (start[1] + start[3]);
+  start[1] *= column[1]; start[3] *= column[1];
   // Relative to the row's maximum, too: a whole row may be far below its columns'.
-  const vec high0 = max(h[0] - top0, h[1] - top1);
-  m[0] = exp(h[0] - top0 - high0) * column0;
-  m[1] = exp(h[1] - top1 - high0) * column1;
-  const vec high1 = max(h[2] - top0, h[3] - top1);
-  m[2] = exp(h[2] - top0 - high1) * column0;
-  m[3] = exp(h[3] - top1 - high1) * column1;
+  const vec high0 = max(h[0] - top[0], h[1] - top[1]);
+  m[0] = exp(h[0] - top[0] - high0) * column[0];
+  m[1] = exp(h[1] - top[1] - high0) * column[1];
+  const vec high1 = max(h[2] - top[0], h[3] - top[1]);
+  m[2] = exp(h[2] - top[0] - high1) * column[0];
+  m[3] = exp(h[3] - top[1] - high1) * column[1];
   divisors[0] = m[0] + m[1];
   divisors[1] = m[2] + m[3];
   const vec inverse0 = 1.0f / divisors[0];
@@ -124,47 +128,46 @@ INLINE void matrix_backward(const vec* dm, const vec* h, vec* dh) {
 }
 
 // u = sum_i H_pre[i] X_i.
-INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
-    at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c));
+template <typename T>
+INLINE void read_streams(const T* x, long padded, const float* w, stream_t* u, long channels) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+    at.put(u + c, w[0] * at.get(x + 0 * padded + c) + w[1] * at.get(x + 1 * padded + c));
   });
 }
 
-// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
-INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.
+template <typename Put>
+INLINE void write_streams(const stream_t* X, const stream_t* f, const float* p, const float* r, long channels, bool streamed, Put put) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
-    const vec x0 = at.get_next(x + 0 * channels + c, 2 * channels);
-    const vec x1 = at.get_next(x + 1 * channels + c, 2 * channels);
-    at.put_far(y + 0 * channels + c, r[0] * x0 + r[1] * x1 + p[0] * fc);
-    at.put_far(y + 1 * channels + c, r[2] * x0 + r[3] * x1 + p[1] * fc);
+    vec x[2];
+    x[0] = at.get_next(X + 0 * channels + c, 2 * channels);
+    x[1] = at.get_next(X + 1 * channels + c, 2 * channels);
+    put(c, at, 0, r[0] * x[0] + r[1] * x[1] + p[0] * fc);
+    put(c, at, 1, r[2] * x[0] + r[3] * x[1] + p[1] * fc);
   });
 }
 
 // dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
 // and f, whose sums over the channels are the gradients of H_res and H_post.
-INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+template <typename Grad>
+INLINE void write_streams_backward(const Grad* G, long g_stride, const stream_t* X, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
-    const vec g0 = at.get_next(g + 0 * channels + c, 2 * channels);
-    const vec g1 = at.get_next(g + 1 * channels + c, 2 * channels);
-    const vec x0 = at.get_next(x + 0 * channels + c, 2 * channels);
-    const vec x1 = at.get_next(x + 1 * channels + c, 2 * channels);
-    at.put_far(dx + 0 * channels + c, r[0] * g0 + r[2] * g1);
-    at.put_far(dx + 1 * channels + c, r[1] * g0 + r[3] * g1);
-    at.put(df + c, p[0] * g0 + p[1] * g1);
-    dots[0] += g0 * x0;
-    dots[1] += g0 * x1;
-    dots[4] += g0 * fc;
-    dots[2] += g1 * x0;
-    dots[3] += g1 * x1;
-    dots[5] += g1 * fc;
-  });
-}
-
-// The collapse: sum_i X_i, over n for a mean.
-INLINE void sum_streams(const stream_t* x, float divisor, stream_t* out, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
-    at.put(out + c, (at.get(x + 0 * channels + c) + at.get(x + 1 * channels + c)) / divisor);
+    vec g[2];
+    g[0] = at.get_next(G + 0 * g_stride + c, 2 * g_stride);
+    g[1] = at.get_next(G + 1 * g_stride + c, 2 * g_stride);
+    vec x[2];
+    x[0] = at.get_next(X + 0 * channels + c, 2 * channels);
+    x[1] = at.get_next(X + 1 * channels + c, 2 * channels);
+    at.put_far(dx + 0 * channels + c, r[0] * g[0] + r[2] * g[1]);
+    at.put_far(dx + 1 * channels + c, r[1] * g[0] + r[3] * g[1]);
+    at.put(df + c, p[0] * g[0] + p[1] * g[1]);
+    dots[0] += g[0] * x[0];
+    dots[1] += g[0] * x[1];
+    dots[4] += g[0] * fc;
+    dots[2] += g[1] * x[0];
+    dots[3] += g[1] * x[1];
+    dots[5] += g[1] * fc;
   });
 }

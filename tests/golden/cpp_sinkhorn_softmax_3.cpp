@@ -1,7 +1,10 @@
-// Site: 3 streams, constraint sinkhorn_softmax.
 typedef float stream_t;
 constexpr int N = 3;  // streams
+
+// Site with constraint sinkhorn_softmax.
+constexpr bool SITE = true, DYNAMIC = true;
 constexpr int M = 15;  // logits: pre 3, post 3, res 9
+constexpr int GROUPS = 3;  // scales of logits
 constexpr int S = 1;  // norms, and projected rows, per token
 constexpr bool MIXES = true;
 constexpr float NORM_EPS = 1e-06f;
@@ -23,24 +26,25 @@ INLINE vec post_gate_backward(vec g, vec h) {
 
 // (19): exp, then 5 times columns and rows divided by their sums.
 INLINE void first_steps(const vec* h, vec* start, vec* divisors, vec* m) {
-  const vec top0 = max(h[0], max(h[3], h[6]));
-  start[0] = exp(h[0] - top0);
-  start[3] = exp(h[3] - top0);
-  start[6] = exp(h[6] - top0);
-  const vec column0 = 1.0f / (start[0] + start[3] + start[6]);
-  start[0] *= column0; start[3] *= column0; start[6] *= column0;
-  const vec top1 = max(h[1], max(h[4], h[7]));
-  start[1] = exp(h[1] - top1);
-  start[4] = exp(h[4] - top1);
-  start[7] = exp(h[7] - top1);
-  const vec column1 = 1.0f / (start[1] + start[4] + start[7]);
-  start[1] *= column1; start[4] *= column1; start[7] *= column1;
-  const vec top2 = max(h[2], max(h[5], h[8]));
-  start[2] = exp(h[2] - top2);
-  start[5] = exp(h[5] - top2);
-  start[8] = exp(h[8] - top2);
-  const vec column2 = 1.0f / (start[2] + start[5] + start[8]);
-  start[2] *= column2; start[5] *= column2; start[8] *= column2;
+  vec top[3], column[3];
+  top[0] = max(h[0], max(h[3], h[6]));
+  start[0] = exp(h[0] - top[0]);
+  start[3] = exp(h[3] - top[0]);
+  start[6] = exp(h[6] - top[0]);
+  column[0] = 1.0f / (start[0] + start[3] + start[6]);
+  start[0] *= column[0]; start[3] *= column[0]; start[6] *= column[0];
+  top[1] = max(h[1], max(h[4], h[7]));
+  start[1] = exp(h[1] - top[1]);
+  start[4] = exp(h[4] - top[1]);
+  start[7] = exp(h[7] - top[1]);
+  column[1] = 1.0f / (start[1] + start[4] + start[7]);
+  start[1] *= column[1]; start[4] *= column[1]; start[7] *= column[1];
+  top[2] = max(h[2], max(h[5], h[8]));
+  start[2] = exp(h[2] - top[2]);
+  start[5] = exp(h[5] - top[2]);
+  start[8] = exp(h[8] - top[2]);
+  column[2] = 1.0f / (start[2] + start[5] + start[8]);
+  start[2] *= column[2]; start[5] *= column[2]; start[8] *= column[2];
   m[0] = start[0] + 1e-06f;
   m[1] = start[1] + 1e-06f;
   m[2] = start[2] + 1e-06f;
@@ -171,58 +175,57 @@ INLINE void matrix_backward(const vec* dm, const vec* h, vec* dh) {
 }
 
 // u = sum_i H_pre[i] X_i.
-INLINE void read_streams(const float* x, long padded, const float* w, stream_t* u, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
-    at.put(u + c, w[0] * load(x + 0 * padded + c) + w[1] * load(x + 1 * padded + c) + w[2] * load(x + 2 * padded + c));
+template <typename T>
+INLINE void read_streams(const T* x, long padded, const float* w, stream_t* u, long channels) {
+  for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+    at.put(u + c, w[0] * at.get(x + 0 * padded + c) + w[1] * at.get(x + 1 * padded + c) + w[2] * at.get(x + 2 * padded + c));
   });
 }
 
-// X'_i = sum_j H_res[i, j] X_j + H_post[i] f.
-INLINE void write_streams(const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* y, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.
+template <typename Put>
+INLINE void write_streams(const stream_t* X, const stream_t* f, const float* p, const float* r, long channels, bool streamed, Put put) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
-    const vec x0 = at.get_next(x + 0 * channels + c, 3 * channels);
-    const vec x1 = at.get_next(x + 1 * channels + c, 3 * channels);
-    const vec x2 = at.get_next(x + 2 * channels + c, 3 * channels);
-    at.put_far(y + 0 * channels + c, r[0] * x0 + r[1] * x1 + r[2] * x2 + p[0] * fc);
-    at.put_far(y + 1 * channels + c, r[3] * x0 + r[4] * x1 + r[5] * x2 + p[1] * fc);
-    at.put_far(y + 2 * channels + c, r[6] * x0 + r[7] * x1 + r[8] * x2 + p[2] * fc);
+    vec x[3];
+    x[0] = at.get_next(X + 0 * channels + c, 3 * channels);
+    x[1] = at.get_next(X + 1 * channels + c, 3 * channels);
+    x[2] = at.get_next(X + 2 * channels + c, 3 * channels);
+    put(c, at, 0, r[0] * x[0] + r[1] * x[1] + r[2] * x[2] + p[0] * fc);
+    put(c, at, 1, r[3] * x[0] + r[4] * x[1] + r[5] * x[2] + p[1] * fc);
+    put(c, at, 2, r[6] * x[0] + r[7] * x[1] + r[8] * x[2] + p[2] * fc);
   });
 }
 
 // dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; the products of dX'_i with X_j
 // and f, whose sums over the channels are the gradients of H_res and H_post.
-INLINE void write_streams_backward(const stream_t* g, const stream_t* x, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
-  for_channels(channels, streamed, [&](long c, auto at) __attribute__((always_inline)) {
+template <typename Grad>
+INLINE void write_streams_backward(const Grad* G, long g_stride, const stream_t* X, const stream_t* f, const float* p, const float* r, stream_t* dx, stream_t* df, vec* dots, long channels, bool streamed) {
+  for_channels(channels, streamed, [&](long c, auto at) ALWAYS_INLINE {
     const vec fc = at.get_next(f + c, channels);
-    const vec g0 = at.get_next(g + 0 * channels + c, 3 * channels);
-    const vec g1 = at.get_next(g + 1 * channels + c, 3 * channels);
-    const vec g2 = at.get_next(g + 2 * channels + c, 3 * channels);
-    const vec x0 = at.get_next(x + 0 * channels + c, 3 * channels);
-    const vec x1 = at.get_next(x + 1 * channels + c, 3 * channels);
-    const vec x2 = at.get_next(x + 2 * channels + c, 3 * channels);
-    at.put_far(dx + 0 * channels + c, r[0] * g0 + r[3] * g1 + r[6] * g2);
-    at.put_far(dx + 1 * channels + c, r[1] * g0 + r[4] * g1 + r[7] * g2);
-    at.put_far(dx + 2 * channels + c, r[2] * g0 + r[5] * g1 + r[8] * g2);
-    at.put(df + c, p[0] * g0 + p[1] * g1 + p[2] * g2);
-    dots[0] += g0 * x0;
-    dots[1] += g0 * x1;
-    dots[2] += g0 * x2;
-    dots[9] += g0 * fc;
-    dots[3] += g1 * x0;
-    dots[4] += g1 * x1;
-    dots[5] += g1 * x2;
-    dots[10] += g1 * fc;
-    dots[6] += g2 * x0;
-    dots[7] += g2 * x1;
-    dots[8] += g2 * x2;
-    dots[11] += g2 * fc;
-  });
-}
-
-// The collapse: sum_i X_i, over n for a mean.
-INLINE void sum_streams(const stream_t* x, float divisor, stream_t* out, long channels) {
-  for_channels(channels, false, [&](long c, auto at) __attribute__((always_inline)) {
-    at.put(out + c, (at.get(x + 0 * channels + c) + at.get(x + 1 * channels + c) + at.get(x + 2 * channels + c)) / divisor);
+    vec g[3];
+    g[0] = at.get_next(G + 0 * g_stride + c, 3 * g_stride);
+    g[1] = at.get_next(G + 1 * g_stride + c, 3 * g_stride);
+    g[2] = at.get_next(G + 2 * g_stride + c, 3 * g_stride);
+    vec x[3];
+    x[0] = at.get_next(X + 0 * channels + c, 3 * channels);
+    x[1] = at.get_next(X + 1 * channels + c, 3 * channels);
+    x[2] = at.get_next(X + 2 * channels + c, 3 * channels);
+    at.put_far(dx + 0 * channels + c, r[0] * g[0] + r[3] * g[1] + r[6] * g[2]);
+    at.put_far(dx + 1 * channels + c, r[1] * g[0] + r[4] * g[1] + r[7] * g[2]);
+    at.put_far(dx + 2 * channels + c, r[2] * g[0] + r[5] * g[1] + r[8] * g[2]);
+    at.put(df + c, p[0] * g[0] + p[1] * g[1] + p[2] * g[2]);
+    dots[0] += g[0] * x[0];
+    dots[1] += g[0] * x[1];
+    dots[2] += g[0] * x[2];
+    dots[9] += g[0] * fc;
+    dots[3] += g[1] * x[0];
+    dots[4] += g[1] * x[1];
+    dots[5] += g[1] * x[2];
+    dots[10] += g[1] * fc;
+    dots[6] += g[2] * x[0];
+    dots[7] += g[2] * x[1];
+    dots[8] += g[2] * x[2];
+    dots[11] += g[2] * fc;
   });
 }

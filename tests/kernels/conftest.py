@@ -93,6 +93,15 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor made without values starts as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def make_site() -> MakeSite:
     """Build a `Site` of random float64 tensors; see `_build` for what can be chosen."""
     return _build

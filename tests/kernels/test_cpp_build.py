@@ -9,16 +9,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels import select
-from mhc_compile.kernels.cpp import build, launch
+from mhc_compile.kernels.cpp import build, call
 from mhc_compile.kernels.cpp.select import build_failure, obstacle
 from mhc_compile.kernels.spec import SiteSpec
+from tests.kernels.cpp_runs import check, random_site, run_halves, run_seam
 
 ROOT = Path(__file__).parents[2]
 ANSWER = 'extern "C" int answer() { return 42; }\n'
@@ -28,7 +28,7 @@ ANSWER = 'extern "C" int answer() { return 42; }\n'
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a process that has loaded nothing yet."""
     monkeypatch.setenv("MHC_COMPILE_CACHE", str(tmp_path / "cache"))
-    memos = (build.load, build_failure, launch.library, select._warn, select._log)
+    memos = (build.load, build_failure, call.library, select._warn, select._log)
     for memo in memos:
         memo.cache_clear()
     yield tmp_path / "cache"
@@ -116,29 +116,26 @@ def test_without_a_compiler_asking_for_cpp_is_an_error(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("fields", "dtype", "reason"),
+    ("X", "other", "reason"),
     [
-        ({"dim": -2}, torch.float32, "channels are on axis -2"),
-        ({"streams": 9}, torch.float32, "9 streams, not 2 to 8"),
-        ({"dynamic": False}, torch.float32, "mappings are static"),
-        ({}, torch.float64, "streams are torch.float64"),
-        ({}, torch.float16, "streams are torch.float16"),
+        (torch.zeros(3, 2, 8, dtype=torch.float64), None, "streams are torch.float64"),
+        (torch.zeros(3, 2, 8), torch.zeros(3, dtype=torch.float64), "an argument is float64"),
+        (torch.zeros(3, 2, 8, device="meta"), None, "the state is on meta"),
     ],
 )
 def test_what_cpp_cannot_run_has_a_reason(
-    fields: dict[str, Any], dtype: torch.dtype, reason: str, caplog: pytest.LogCaptureFixture
+    X: torch.Tensor, other: torch.Tensor | None, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = replace(SiteSpec(streams=2), **fields)
-    X = torch.zeros(3, spec.streams, 8, dtype=dtype)
-    assert reason in str(obstacle(spec, X))
+    spec = SiteSpec(streams=2)
+    assert reason in str(obstacle(spec, X, other))
     select._log.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert select.launcher("mhc::pre", spec, X) is None
+            assert select.launcher("mhc::pre", spec, X, other) is None
     assert [reason in record.message for record in caplog.records] == [True]
     forced = replace(spec, kernels="cpp")
     with pytest.raises(KernelError, match=f"{reason}.*; use kernels='auto'"):
-        select.launcher("mhc::pre", forced, X)
+        select.launcher("mhc::pre", forced, X, other)
 
 
 def test_a_branch_output_wider_than_its_streams_is_left_to_torch() -> None:
@@ -159,22 +156,19 @@ def test_reference_never_asks_for_a_compiler(cache: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("cache")
 def test_narrower_vectors_compute_the_same(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [f"-march={processor}" if "march" in flag else flag for flag in build._FLAGS]
-    spec = SiteSpec(streams=3)
-    tensors = [torch.randn(shape) for shape in ((37, 3, 50), (150, 15), (15,), (3,))]
-    texts = [replace(spec, kernels=kernels).encode() for kernels in ("cpp", "reference")]
-    results = []
     monkeypatch.setattr(build, "_FLAGS", flags)
-    for text in texts:
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        u, h_post, h_res, _ = torch.ops.mhc.pre(*leaves, text)
-        out = torch.ops.mhc.post(leaves[0], u, h_post, h_res, text)
-        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+    for dtype in (torch.float32, torch.float16):
+        spec, tensors = random_site("sinkhorn", 3, (37, 50))
+        for i in (0, 1, 7, 8):
+            tensors[i] = tensors[i].to(dtype).double()
+        for run in (run_halves, run_seam):
+            plain = run(spec, tensors, dtype, "reference")
+            ours = run(spec, tensors, dtype, "cpp")
+            check(ours, plain, 1e-5 if dtype == torch.float32 else 2e-3)
 
 
 def test_libraries_are_loaded_once_per_process() -> None:
     spec = SiteSpec(streams=2, constraint="identity")
-    built = launch.library(spec, torch.float32)
+    built = call.library(spec, torch.float32)
     assert isinstance(built, ctypes.CDLL)
-    assert launch.library(spec, torch.float32) is built
+    assert call.library(spec, torch.float32) is built

@@ -103,5 +103,5 @@ def test_the_choice_of_kernels_travels_with_the_specification() -> None:
     spec = SiteSpec(streams=2, kernels="reference")
     assert spec.encode() == "n=2 constraint=sinkhorn kernels=reference"
     assert SiteSpec.decode(spec.encode()) == spec
-    with pytest.raises(KernelError, match="auto, cpp, reference"):
+    with pytest.raises(KernelError, match="auto, triton, cpp, reference"):
         SiteSpec.decode("n=2 kernels=cuda")

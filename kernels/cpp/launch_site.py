@@ -1,0 +1,148 @@
+"""The generated pre and post called with tensors; see `launch`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mhc_compile.kernels.coefficients import gate_weights, gate_weights_backward
+from mhc_compile.kernels.constraints import constraint_of
+from mhc_compile.kernels.cpp.call import (
+    call,
+    channels_last,
+    coefficients,
+    library,
+    narrow_back,
+    size_of,
+    state_back,
+    streams_last,
+)
+from mhc_compile.kernels.cpp.launch_ends import read, read_backward
+from mhc_compile.kernels.spec import SiteSpec
+
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def pre(
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    spec: SiteSpec,
+    shapes: Sequence[Sequence[int]],
+) -> Four:
+    """``mhc::pre``; ``shapes`` are those of h_post, h_res and saved."""
+    rows = streams_last(X, spec)
+    if phi is None or alpha is None:
+        return _static_pre(rows, bias, spec)
+    tokens, channels = size_of(rows)
+    u = rows.new_empty((*rows.shape[:-2], channels))
+    h_post, h_res, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    if not constraint_of(spec).mixes:
+        torch.eye(spec.streams, out=h_res)
+    arguments = (rows, *coefficients(phi, bias, alpha), u, h_post, h_res, saved)
+    call(library(spec, X.dtype), "pre", arguments, tokens, channels)
+    return narrow_back(u, spec), h_post, h_res, saved
+
+
+def pre_backward(
+    du: torch.Tensor,
+    dh_post: torch.Tensor,
+    dh_res: torch.Tensor,
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    spec: SiteSpec,
+) -> Four:
+    """``mhc::pre_backward``."""
+    rows, g = streams_last(X, spec), channels_last(du, spec, X.dtype)
+    if phi is None or alpha is None:
+        dX, dbias = _static_pre_backward(g, dh_post, dh_res, rows, bias, spec)
+        empty = X.new_empty(0, dtype=torch.float32)
+        return state_back(dX, spec), empty, dbias, empty.clone()
+    tokens, channels = size_of(rows)
+    dX = rows.new_empty(rows.shape)
+    parameters = (phi, bias, alpha)
+    grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
+    mappings = coefficients(dh_post, dh_res)
+    arguments = (g, *mappings, rows, *coefficients(*parameters, saved), dX, *grads)
+    call(library(spec, X.dtype), "pre_backward", arguments, tokens, channels)
+    dphi, dbias, dalpha = (
+        grad.to(tensor.dtype) for grad, tensor in zip(grads, parameters, strict=True)
+    )
+    return state_back(dX, spec), dphi, dbias, dalpha
+
+
+def _static_logits(bias: torch.Tensor, spec: SiteSpec) -> tuple[torch.Tensor, ...]:
+    """Pre, post and res logits of the one mapping that all tokens share, ``[1, .]``."""
+    n = spec.streams
+    return torch.split(bias.float()[None], [n, n, constraint_of(spec).logits(n)], -1)
+
+
+def _static_pre(rows: torch.Tensor, bias: torch.Tensor, spec: SiteSpec) -> Four:
+    constraint = constraint_of(spec)
+    pre_logits, post_logits, res_logits = _static_logits(bias, spec)
+    with torch.autocast("cpu", enabled=False):
+        h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + spec.pre_eps
+        h_post = gate_weights(post_logits, 2.0, constraint.gate)
+        h_res = constraint.matrix(res_logits, spec)
+    u = narrow_back(read(rows, h_pre, spec), spec)
+    # Mappings can be views of the bias, or transposed; an op's outputs must not be.
+    h_post, h_res = (h[0].clone(memory_format=torch.contiguous_format) for h in (h_post, h_res))
+    return u, h_post, h_res, rows.new_empty(0, dtype=torch.float32)
+
+
+def _static_pre_backward(
+    g: torch.Tensor,
+    dh_post: torch.Tensor,
+    dh_res: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    spec: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    constraint = constraint_of(spec)
+    pre_logits, post_logits, res_logits = _static_logits(bias, spec)
+    with torch.autocast("cpu", enabled=False):
+        h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + spec.pre_eps
+        dX, dh_pre = read_backward(g, rows, h_pre, spec)
+        parts = [
+            gate_weights_backward(dh_pre[None], pre_logits, 1.0, constraint.gate),
+            gate_weights_backward(dh_post.float()[None], post_logits, 2.0, constraint.gate),
+        ]
+        if constraint.mixes:
+            parts.append(constraint.matrix_backward(dh_res.float()[None], res_logits, spec))
+    return dX, torch.cat(parts, -1)[0].to(bias.dtype)
+
+
+def post(
+    X: torch.Tensor, f: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor, spec: SiteSpec
+) -> torch.Tensor:
+    """``mhc::post``."""
+    rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
+    out = rows.new_empty(rows.shape)
+    arguments = (rows, branch, *coefficients(h_post, h_res), out)
+    tokens, channels = size_of(rows)
+    call(library(spec, X.dtype), "post", arguments, tokens, channels)
+    return state_back(out, spec)
+
+
+def post_backward(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+) -> Four:
+    """``mhc::post_backward``."""
+    rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
+    g = streams_last(dY.to(X.dtype), spec)
+    dX, df = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
+    dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
+    dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
+    arguments = (g, rows, branch, *coefficients(h_post, h_res), dX, df, dh_post, dh_res)
+    tokens, channels = size_of(rows)
+    call(library(spec, X.dtype), "post_backward", arguments, tokens, channels)
+    df = narrow_back(df, spec).to(f.dtype)
+    return state_back(dX, spec), df, dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)

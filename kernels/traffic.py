@@ -1,0 +1,28 @@
+"""Bytes that the ops have to move, counted in rows.
+
+A row is one stream of one token: its C channels. Every tensor of streams is read or written once at
+the least, whatever computes the op. With n streams a state is n rows, and u, f and their gradients
+are one each. The mappings are left out: at n = 4 they are 20 float32 numbers per token and site,
+of which a row at C = 1280 in bfloat16 holds 32 times as many.
+"""
+
+
+def least_rows(streams: int) -> dict[str, int]:
+    """The compulsory rows per token of every op.
+
+    >>> least_rows(4)["seam"], least_rows(4)["seam_backward"]
+    (10, 15)
+    """
+    n = streams
+    return {
+        "expand": 1 + n,  # x -> X
+        "pre": n + 1,  # X -> u
+        "pre_backward": n + 1 + n,  # X, du -> dX
+        "post": n + 1 + n,  # X, f -> X'
+        "post_backward": 2 * n + 1 + n + 1,  # dX', X, f -> dX, df
+        "seam": n + 1 + n + 1,  # X, f -> X', u
+        "seam_backward": 2 * n + 2 + n + 1,  # dX', du, X, f -> dX, df
+        "collapse": n + 1,  # X -> x
+        "learned collapse": n + 1,  # X -> x
+        "learned collapse backward": n + 1 + n,  # X, dx -> dX
+    }

@@ -1,0 +1,1 @@
+"""Generated Triton for GPUs: emitter, tile table, cache of modules, launch functions."""

@@ -1,0 +1,42 @@
+"""Which nodes of a rewritten graph carry the n-stream state, and of which trunk."""
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+EXPAND, PRE, POST = (
+    torch.ops.mhc.expand.default,
+    torch.ops.mhc.pre.default,
+    torch.ops.mhc.post.default,
+)
+SEAM, COLLAPSE = torch.ops.mhc.seam.default, torch.ops.mhc.collapse.default
+
+
+def trunk_of_states(graph: Graph) -> dict[Node, int]:
+    """The trunk of every node that carries a state, in the order of the graph.
+
+    A state comes from an expand, or from outside of the graph; it goes through post, seam and the
+    operations that a trunk has between its sites. A seam itself counts, its mappings do not.
+    """
+    trunk_of: dict[Node, int] = {}
+    for node in graph.nodes:
+        if node.target is EXPAND:
+            trunk_of[node] = len(set(trunk_of.values()))
+        elif node.target in (PRE, POST, SEAM, COLLAPSE):
+            state = node.args[0]
+            if state not in trunk_of:  # it comes from another graph
+                trunk_of[state] = len(set(trunk_of.values()))
+            if node.target in (POST, SEAM):
+                trunk_of[node] = trunk_of[state]
+        elif not _is_mapping(node):
+            carried = [trunk_of[source] for source in node.all_input_nodes if source in trunk_of]
+            if carried:
+                trunk_of[node] = carried[0]
+    return trunk_of
+
+
+def _is_mapping(node: Node) -> bool:
+    """Whether the node takes something else than the state out of a seam."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, Node) and source.target is SEAM and node.args[1:] != (0,)

@@ -1,0 +1,73 @@
+"""Every op of a site run under the byte meter, in each form that its kernels have."""
+
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+from mhc_compile.kernels.ops_pre import coefficient_shapes
+from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton import launch, site
+from mhc_compile.kernels.triton.emit import kernels
+from tests.kernels.triton.meter import Meter
+from tests.kernels.triton.sites import Seam, make_seam, seam_outputs
+
+Key = tuple[str, tuple[str, ...]]
+"""An op, and those of its kernels that touch streams."""
+
+
+def metered(
+    spec: SiteSpec, tokens: int, channels: int, dtype: torch.dtype
+) -> dict[Key, tuple[Meter, int]]:
+    """Run all ops; gives the meter of each form, and the bytes of its stream arguments."""
+    seam = make_seam(spec, tokens, channels, dtype=dtype)
+    found = {}
+    for whole in (True, False):
+        with mock.patch.object(site, "one_launch", lambda *_, whole=whole: whole):
+            for op, run in _runs(seam):
+                with Meter() as meter:
+                    run()
+                key = (
+                    op,
+                    tuple(
+                        each.kernel for each in meter.launches if kernels(spec)[each.kernel].streams
+                    ),
+                )
+                found[key] = meter, stream_bytes(spec, meter)
+    return found
+
+
+def stream_bytes(spec: SiteSpec, meter: Meter) -> int:
+    """Compulsory bytes of the arguments that hold streams, over all launches."""
+    return sum(
+        access.compulsory
+        for each in meter.launches
+        for (argument, _), access in each.accesses.items()
+        if argument in kernels(spec)[each.kernel].streams
+    )
+
+
+def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
+    X, f, h_post, h_res, phi, bias, alpha = seam.given
+    spec, n = seam.spec, seam.spec.streams
+    shapes = coefficient_shapes(X, spec)
+    saved = seam_outputs(seam)[-1]
+    d_next, du, dh_post, dh_res = seam.grads
+    head = (None, bias[:n], None)
+    if phi is not None and alpha is not None:
+        head = (torch.randn(n * X.shape[-1], n), bias[:n], alpha[:1])
+    back = (d_next, du, dh_post, dh_res)
+    yield "expand", lambda: launch.expand(f, spec)
+    yield "pre", lambda: launch.pre(X, phi, bias, alpha, spec, shapes)
+    yield (
+        "pre_backward",
+        lambda: launch.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, spec),
+    )
+    yield "post", lambda: launch.post(X, f, h_post, h_res, spec)
+    yield "post_backward", lambda: launch.post_backward(d_next, X, f, h_post, h_res, spec)
+    yield "seam", lambda: seam_outputs(seam)
+    yield "seam_backward", lambda: launch.seam_backward(*back, *seam.given, saved, spec)
+    yield "collapse", lambda: launch.collapse(X, None, None, None, "mean", spec)
+    yield "collapse", lambda: launch.collapse(X, None, None, None, "sum", spec)
+    yield "learned collapse", lambda: launch.collapse(X, *head, "learned", spec)
+    yield "learned collapse backward", lambda: launch.collapse_backward(f, X, *head, spec)

@@ -1,0 +1,99 @@
+"""What a converted model keeps for its backward, and what it computes there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mhc_compile
+from tests.nets import WIDTH, Net, converted, distance, example, run
+
+BLOCKS, STREAMS = 6, 4  # 12 sites
+
+
+def step(model: nn.Module, recompute: int | str, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "recompute": recompute}
+    return run(torch.compile(model, backend="mhc", options=options), model, x)
+
+
+def kept(call: Callable[[], Any]) -> list[tuple[int, ...]]:
+    """Shapes of everything saved for the backward, each storage once."""
+    shapes = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        shapes[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = call()
+    del alive
+    return list(shapes.values())
+
+
+def states_kept(model: nn.Module, recompute: int | str, x: Tensor) -> int:
+    """How many n-stream states are saved for the backward."""
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "recompute": recompute}
+    compiled = torch.compile(model, backend="mhc", options=options)
+    return kept(lambda: compiled(x)).count((*x.shape[:-1], STREAMS, WIDTH))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return converted(Net(BLOCKS), example())
+
+
+@pytest.mark.parametrize(("recompute", "states"), [("off", 12), (1, 11), (2, 5), (4, 2), (12, 0)])
+def test_one_state_is_kept_where_a_block_starts(
+    model: nn.Module, recompute: int | str, states: int
+) -> None:
+    # The first block starts from the plain input, which is replicated again.
+    assert states_kept(model, recompute, example()) == states
+
+
+def test_gradients_are_bitwise_the_same_whatever_is_kept(model: nn.Module) -> None:
+    x = example()
+    # With blocks the seams are others, and so is the order in which gradients are summed.
+    for length in (1, 4):
+        output, gradients = step(model, length, x)
+        again, others = step(model, length, x)
+        assert torch.equal(output, again)
+        assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+    plain_output, plain = step(model, "off", x)
+    replayed_output, replayed = step(model, BLOCKS * 2, x)  # one block: the same seams
+    assert torch.equal(plain_output, replayed_output)
+    assert plain.keys() == replayed.keys()
+    assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+    assert distance(step(model, "auto", x)[0], plain_output) <= 1e-6
+
+
+def test_no_branch_runs_twice(model: nn.Module) -> None:
+    def flops(recompute: int | str) -> dict[Any, int]:
+        torch._dynamo.reset()
+        options = {"inner": "aot_eager", "recompute": recompute}
+        output = torch.compile(model, backend="mhc", options=options)(example())
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        return dict(backward.get_flop_counts()["Global"])
+
+    without = flops("off")
+    # Two products a layer, each with the gradients of its input and its weight.
+    assert without[torch.ops.aten.mm] > 0
+    assert flops("auto") == without
+
+
+def test_a_budget_given_to_torch_leaves_the_choice_to_torch(model: nn.Module) -> None:
+    with torch._functorch.config.patch(activation_memory_budget=0.99):  # noqa: TID251 - the user's
+        automatic, off = (states_kept(model, setting, example()) for setting in ("auto", "off"))
+    assert automatic == off
+    assert states_kept(model, "auto", example()) != automatic
+
+
+def test_other_settings_are_refused() -> None:
+    for setting in (0, -1, True, "on", 1.5):
+        with pytest.raises(mhc_compile.ConfigError, match=r"recompute=.*'auto', 'off' or"):
+            mhc_compile.MHCConfig(recompute=setting)  # type: ignore[arg-type]
