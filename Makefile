@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs pictures clean
 
 # The graphs of a transformers GPT-2 before and after, then a short training of three small GPTs.
 # One thread: models this small gain little from two, and lose a lot where cores are shared.
@@ -28,12 +28,21 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a dead link or an unknown name in the API pages fails the build.
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --site-dir .cache/site
+
+# The pictures of README and docs, as the code draws them now.
+pictures: $(STAMP)
+	$(BIN)/python -m docs.pictures
+
 # timm and diffusers serve as test models only. Without their dependencies, because torchvision has to
 # match torch exactly and nothing of it is used (tests put a stand-in in place while timm imports).
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,test]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,test,mlir,plots]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps timm diffusers
 	touch $@
 

@@ -214,6 +214,45 @@ def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
     )
 
 
+def trace_autograd(
+    gm: GraphModule, inputs: Sequence[Any], see: Callable[[str, GraphModule], None]
+) -> None:
+    """Show what AOTAutograd makes of a graph: "joint", "fw" and "bw"; without gradients "fw"."""
+    from torch._functorch.compilers import nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        see("joint", joint)  # the partitioner changes it
+        forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        see("fw", forward)
+        see("bw", backward)
+        return forward, backward
+
+    def inference(forward: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        see("fw", forward)
+        return nop(forward, example_inputs)
+
+    aot_autograd(fw_compiler=nop, inference_compiler=inference, partition_fn=partition)(gm, inputs)
+
+
+def custom_op_bodies(namespace: str) -> dict[Any, Callable[..., Any]]:
+    """Operator -> the Python function it was made from, for ``torch.library`` ops."""
+    from torch._library.custom_ops import OPDEFS
+
+    return {
+        definition._opoverload: definition._init_fn
+        for name, definition in OPDEFS.items()
+        if name.startswith(f"{namespace}::")
+    }
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace (``TORCH_TRACE``), where tlparse lists it."""
+    torch._logging._internal.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload
+    )
+
+
 def memory_budget() -> float:
     """Share of the activations that AOTAutograd may keep, as the user has set it; 1 if not."""
     return float(torch._functorch.config.activation_memory_budget)

@@ -19,11 +19,13 @@ from mhc_compile.analysis import analyse
 from mhc_compile.binding import bind, lift_parameters
 from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
+from mhc_compile.dump import write_recorded
 from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, check_options, sites_of
-from mhc_compile.pipeline import Observer, improving_passes, rewrite_passes, run_passes
+from mhc_compile.pipeline import improving_passes, rewrite_passes, run_passes
+from mhc_compile.recorder import Recorder, recorder_of_environment
 
 
 def mhc(
@@ -55,7 +57,13 @@ def mhc(
         config = MHCConfig.from_options(options)
         if mode is not None and config.inner != "inductor":
             raise ConfigError(f"mode={mode!r} is a setting of Inductor: it needs inner='inductor'")
-        return compile_frame(gm, config, frozenset(options or ()), mode=mode)
+        return compile_frame(
+            gm,
+            config,
+            frozenset(options or ()),
+            mode=mode,
+            recorder=recorder_of_environment(),
+        )
     except MHCError as error:
         raise passing_through(error) from error.__cause__
 
@@ -66,7 +74,7 @@ def compile_frame(
     given: frozenset[str] = frozenset(),
     *,
     mode: str | None = None,
-    observe: Observer | None = None,
+    recorder: Recorder | None = None,
 ) -> Compiled:
     """`mhc` with the options resolved.
 
@@ -75,17 +83,22 @@ def compile_frame(
         config: how to convert, should the model be new, and what compiles the result.
         given: names of the options that were given; they must agree with the conversion.
         mode: see `mhc`.
-        observe: sees the canonical graph ("before") and the graph after each pass.
+        recorder: keeps the graph at every stage, for a dump.
     """
+    record = recorder.start() if recorder is not None else None
+    observe = record.observe if record is not None else None
     frame = Frame.current(gm)
     matches = Matches(frame, config)
     copy, where = copy_captured(gm)
     resolve = resolve_by_id(frame.modules, frame.root)
     analysis = analyse(copy, resolve, matches.refuse, observe, kernels=config.kernels)
+    examples = [example_of(node) for node in _inputs(gm)]
+    if record is not None:
+        record.analysed(analysis, frame, config, examples)
     check_options(analysis, given, config)
     matches.check(analysis)
     known = len(matches.records)
-    convert_now(analysis, matches, frame, config, [example_of(node) for node in _inputs(gm)])
+    convert_now(analysis, matches, frame, config, examples)
     is_lazy = len(matches.records) > known
     borders = Borders(analysis, matches.records)
     node_of = lift_parameters(gm, analysis, matches.records, sites_of, frame, where)
@@ -96,6 +109,9 @@ def compile_frame(
     improving = improving_passes(config.skip_passes, recompute=_recompute(config))
     run_passes(copy, (), improving, observe)
     inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]
+    if recorder is not None and record is not None:
+        record.rewritten(copy, widening, inputs)
+        write_recorded(recorder)
     compiled = borders.wrap(_lower(copy, inputs, config, mode))
     return watch_ends(compiled, analysis, frame) if is_lazy else compiled
 

@@ -1,7 +1,6 @@
 """Run a model once under Dynamo and keep its graphs, without changing anything of the model."""
 
 import contextlib
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +22,6 @@ from mhc_compile.analysis import Analysis, Refuse, analyse, for_hosts
 from mhc_compile.errors import MHCError
 from mhc_compile.hosts import HostedSite, ParameterOwners, erase_markers, resolve_by_id
 from mhc_compile.match import BROKEN
-
-GraphObserver = Callable[[int, str, GraphModule], None]
-"""Sees (number of the graph, name of the pass or "before", the graph)."""
 
 
 @dataclass(slots=True)
@@ -54,7 +50,6 @@ def capture_model(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     refuse: Refuse,
-    observe: GraphObserver | None = None,
 ) -> Capture:
     """Trace ``model(*args, **kwargs)`` and analyse every graph of it.
 
@@ -68,9 +63,7 @@ def capture_model(
     reset_dynamo()
     try:
         with _untouched(model):
-            torch.compile(model, backend=_Collector(model, capture, refuse, observe))(
-                *args, **kwargs
-            )
+            torch.compile(model, backend=_Collector(model, capture, refuse))(*args, **kwargs)
     except Exception as error:
         cause = error.__cause__ or error.__context__
         ours = error if isinstance(error, MHCError) else getattr(error, "inner_exception", cause)
@@ -85,24 +78,18 @@ def capture_model(
 class _Collector:
     """A backend that analyses each graph and then runs it as it is."""
 
-    def __init__(
-        self, model: nn.Module, capture: Capture, refuse: Refuse, observe: GraphObserver | None
-    ) -> None:
+    def __init__(self, model: nn.Module, capture: Capture, refuse: Refuse) -> None:
         self.parameters = ParameterOwners(model)
         self.capture = capture
         self.refuse = refuse
-        self.observe = observe
         self.__name__ = "mhc_collector"
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         frame = Frame.current(gm)
         copy, _ = copy_captured(gm)
-        observe = None
-        if self.observe is not None:
-            observe = functools.partial(self.observe, self.capture.graphs)
         self.capture.graphs += 1
         refuse = self._refuse_in(frame)
-        analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), refuse, observe)
+        analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), refuse)
         examples = [example_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
         runner, _ = copy_captured(gm)
         for module in runner.modules():
@@ -173,10 +160,16 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(saved_attributes)
         for value, content in contents:
-            value.clear()
-            value.update(content)
+            if not _holds(value, content):  # a frozen dict refuses to be written, and has no need
+                value.clear()
+                value.update(content)
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, saved):
                     buffer.copy_(saved)
+
+
+def _holds(value: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
+    """Whether ``value`` still holds the very objects of ``content``, in their order."""
+    return list(value) == list(content) and all(value[key] is content[key] for key in content)

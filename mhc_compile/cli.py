@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import explain
+from mhc_compile.convert import convert_, explain, is_converted
 from mhc_compile.dump import write_dump
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.inspection import trace_stages
@@ -25,8 +25,19 @@ from mhc_compile.kernel_report import (
     write_report,
 )
 from mhc_compile.memory import memory_plan
+from mhc_compile.pictures.build import COLLAPSE, MAX_NODES
+from mhc_compile.plots import plot_stability
 from mhc_compile.render import progress, show, show_error
-from mhc_compile.tables import memory_tables, report_tables, summary_line, verify_tables
+from mhc_compile.stability import stability
+from mhc_compile.stages import CUSTOM, DIALECTS, FORMATS, PHASES, DumpOptions
+from mhc_compile.tables import (
+    count,
+    memory_tables,
+    report_tables,
+    stability_tables,
+    summary_line,
+    verify_tables,
+)
 from mhc_compile.targets import Built, build_target, parse_settings
 from mhc_compile.verify import verify
 
@@ -48,11 +59,11 @@ _CONFIG_FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "--pre-eps": ("pre_eps", float, "added to the gate of H_pre"),
     "--norm-eps": ("norm_eps", float, "inside the root of the RMS norm"),
     "--recompute": ("recompute", _setting, "auto, off, or sites per block"),
-    "--collapse": ("collapse", str, "how the streams become one again"),
+    "--stream-collapse": ("collapse", str, "how the streams become one again"),
     "--init": ("init", str, "initialisation of the new parameters"),
 }
 
-_MODEL_FLAGS = ("--recompute", "--collapse", "--init")
+_MODEL_FLAGS = ("--recompute", "--stream-collapse", "--init")
 """Those that say nothing about the kernels of a site."""
 _Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -92,16 +103,30 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _dump(options: argparse.Namespace) -> int:
+    wanted = DumpOptions(
+        formats=tuple(options.format.split(",")),
+        stage=options.stage,
+        phases=PHASES if options.phase == "all" else (options.phase,),
+        collapse=options.detail,
+        fold=options.fold,
+        max_nodes=options.max_nodes,
+        mlir_dialect=options.mlir_dialect,
+        mlir_custom=options.mlir_custom
+        or ("opaque" if options.mlir_dialect == "torch" else "decompose"),
+    )
     with progress("dump") as tell:
         model, args, kwargs = _build(options, tell)
         tell("rewriting")
-        report, stages = trace_stages(model, *args, config=_config(options), **kwargs)
+        report, recorder = trace_stages(
+            model, *args, config=_config(options), options=wanted, **kwargs
+        )
         tell("writing")
-        files = write_dump(options.out, stages, report)
+        files = write_dump(options.out, recorder, report)
     if options.json:
         print(json.dumps({"files": [str(file) for file in files]}, indent=2))
     else:
-        where = f"{len(files)} files in {options.out}, to start with graph_0/fw/before_after.diff"
+        first = "index.html" if "html" in wanted.formats else "graph_0/fw/before_after.diff"
+        where = f"{len(files)} files in {options.out}, to start with {first}"
         show(f"{summary_line(report)}\n{where}", (), report.notes)
     return _require_match(options, found=bool(report.converted))
 
@@ -116,6 +141,25 @@ def _verify(options: argparse.Namespace) -> int:
         outcome = "all properties hold" if report.passed else "a property does not hold"
         show(f"{report.model}: {outcome}", verify_tables(report), report.notes)
     report.raise_if_failed()
+    return 0
+
+
+def _stability(options: argparse.Namespace) -> int:
+    with progress("stability") as tell:
+        model, args, kwargs = _build(options, tell)
+        if not is_converted(model):
+            tell("converting")
+            convert_(model, *args, config=_config(options), **kwargs)
+        tell("measuring")
+        report = stability(model, *args, **kwargs)
+        pictures = plot_stability(report, options.plot) if options.plot is not None else []
+    if options.json:
+        print(report.to_json())
+        return 0
+    summary = f"{type(model).__name__}: {count(len(report.sites), 'site')} measured"
+    if pictures:
+        summary += f", {len(pictures)} pictures in {options.plot}"
+    show(summary, stability_tables(report))
     return 0
 
 
@@ -169,10 +213,51 @@ def _parser() -> argparse.ArgumentParser:
     dump = _verb(verbs, "dump", _dump, "write the graphs before and after each pass")
     dump.add_argument("--out", type=Path, default=Path("mhc_dump"), help="folder (%(default)s)")
 
+    dump.add_argument(
+        "--format",
+        default="txt,html",
+        help=f"comma-separated, of {', '.join(FORMATS)} (%(default)s)",
+    )
+    dump.add_argument("--stage", default="all", help="all, before, after or a pass (%(default)s)")
+    dump.add_argument(
+        "--phase",
+        choices=(*PHASES, "all"),
+        default="fw",
+        help="Dynamo's graph, or AOTAutograd's backward or joint graph (%(default)s)",
+    )
+    pictures = dump.add_argument_group("pictures")
+    pictures.add_argument(  # the field of MHCConfig has its name too
+        "--collapse", dest="detail", choices=COLLAPSE, default="auto", help="level of detail"
+    )
+    pictures.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw identical layers once",
+    )
+    pictures.add_argument(
+        "--max-nodes", type=int, default=MAX_NODES, help="collapse further beyond (%(default)s)"
+    )
+    mlir = dump.add_argument_group("format mlir (needs the extra: pip install mhc-compile[mlir])")
+    mlir.add_argument("--mlir-dialect", choices=DIALECTS, default="torch")
+    mlir.add_argument(
+        "--mlir-custom",
+        choices=CUSTOM,
+        help="mhc ops as operators (only in the torch dialect, the default there), or written out",
+    )
+
     for verb in (listing, dump):
         verb.add_argument(
             "--require-match", action="store_true", help="exit with 1 if no site can be converted"
         )
+
+    gains = _verb(verbs, "stability", _stability, "measure gains of stream mixings and trunks")
+    gains.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="write heat maps and depth curves as PNG and SVG (needs the extra 'plots')",
+    )
 
     _verb(verbs, "verify", _verify, "check that conversion keeps the function and its gradients")
     _kernels_verb(verbs)

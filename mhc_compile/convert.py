@@ -11,7 +11,7 @@ from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
 from mhc_compile.analysis import refuse_filtered
-from mhc_compile.capture import GraphObserver, capture_model
+from mhc_compile.capture import capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.guard import check_calls_, refuse_wrapped, uncheck_calls_
@@ -67,17 +67,7 @@ def convert_(
         ConfigError: the model is converted already, with another configuration.
         UnsupportedGraphError: nothing of the model can be captured or converted; it says why.
     """
-    return convert_observed(model, args, kwargs, config or MHCConfig(), None)
-
-
-def convert_observed(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    config: MHCConfig,
-    observe: GraphObserver | None,
-) -> Report:
-    """`convert_`, with a look at the graphs on the way."""
+    config = config or MHCConfig()
     already = _conversion(model)
     config = select_sites(config, model, args, kwargs)
     if already is not None and already != asdict(config):
@@ -87,7 +77,7 @@ def convert_observed(
         )
     names = _names(model)
     capture = capture_model(
-        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names), observe
+        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
     )
     uses = site_uses(capture)
     if already is None:

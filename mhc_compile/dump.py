@@ -1,9 +1,10 @@
-"""Graphs before and after each pass, as files that `diff -r` can compare.
+"""Write what a `Recorder` holds, as files that ``diff -r`` can compare.
 
 Layout of a dump::
 
-    DIR/summary.txt   report.json
+    DIR/index.html  summary.txt  report.json
     DIR/graph_0/fw/00_before.txt  01_<pass>.txt ...  99_after.txt  before_after.diff
+    DIR/graph_0/bw/..., joint/...   kernels/*.cpp
 
 Two dumps of the same model differ in nothing but the ``environment`` block of ``report.json``: no
 times, addresses, weights or unordered collections are written.
@@ -13,8 +14,7 @@ import difflib
 import json
 import platform
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -23,61 +23,67 @@ from typing import Any
 import torch
 
 from mhc_compile.errors import ConfigError
+from mhc_compile.page import page
+from mhc_compile.pictures.dot import to_dot, to_png
+from mhc_compile.pictures.svg import to_svg
+from mhc_compile.recorder import Recorder
 from mhc_compile.report import Report
+from mhc_compile.stages import Stage, count_changes
 from mhc_compile.tables import report_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of ``report.json``; `mhc_compile/report.schema.json` describes it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One graph at one point of the pass pipeline."""
-
-    graph: int
-    """Which graph of the model; more than one means graph breaks."""
-    number: int
-    """Position in the pipeline: 0 is the graph as captured, 99 the result."""
-    name: str
-    """``before``, the name of the pass that has just run, or ``after``."""
-    text: str
-    """The graph as readable text."""
-
-
-def write_dump(directory: Path, stages: Sequence[Stage], report: Report) -> list[Path]:
-    """Write the stages and the report below ``directory``; a dump already there is replaced.
+def write_dump(directory: Path, recorder: Recorder, report: Report) -> list[Path]:
+    """Write all that was recorded below ``directory``; a dump already there is replaced.
 
     Args:
         directory: created if need be.
-        stages: of one graph or several, in any order; a graph's lowest and highest number are its
-            before and after.
+        recorder: its graphs, in any order of their stages; a graph's lowest and highest number of a
+            phase are its before and after.
         report: what was found and rewritten.
 
     Returns:
         The files written, in the order of their names.
 
     Raises:
-        ConfigError: ``directory`` holds something that is no dump.
+        ConfigError: ``directory`` holds something that is no dump, or a picture cannot be drawn.
     """
     _clear(directory)
-    written = [_write(directory / "summary.txt", report_text(report))]
-    ordered = sorted(stages, key=lambda stage: (stage.graph, stage.number))
+    files: dict[Path, str | bytes] = {directory / "summary.txt": report_text(report)}
     graphs = []
-    for graph, members in groupby(ordered, key=lambda stage: stage.graph):
-        group = list(members)
-        folder = directory / f"graph_{graph}" / "fw"
-        for stage in group:
-            written.append(_write(folder / _file_name(stage), stage.text))
-        written.append(_write(folder / "before_after.diff", _diff(group[0], group[-1])))
-        graphs.append({"graph": graph, "fw": [_file_name(stage) for stage in group]})
+    for graph in recorder.graphs:
+        entry: dict[str, Any] = {"graph": graph.number, "traffic": graph.traffic, "phases": {}}
+        folder = directory / f"graph_{graph.number}"
+        ordered = sorted(graph.stages, key=lambda stage: (stage.phase, stage.number))
+        for phase, members in groupby(ordered, key=lambda stage: stage.phase):
+            stages = list(members)
+            entry["phases"][phase] = list(_stage_entries(stages))
+            files[folder / phase / "before_after.diff"] = diff(stages[0], stages[-1])
+            for stage in stages:
+                if recorder.options.keeps(stage.number, stage.name):
+                    files.update(_stage_files(folder / phase, stage, recorder.options.formats))
+        entry["kernels"] = sorted(graph.kernels)
+        for name, source in graph.kernels.items():
+            files[folder / "kernels" / name] = source
+        graphs.append(entry)
     content = {
         "schema": SCHEMA_VERSION,
         "environment": environment(),
         "graphs": graphs,
         "report": report.to_dict(),
     }
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    written.append(_write(directory / "report.json", text))
-    return sorted(written)
+    files[directory / "report.json"] = json.dumps(content, indent=2, sort_keys=True)
+    if "html" in recorder.options.formats:
+        files[directory / "index.html"] = page(recorder, report)
+    return sorted(_write(path, text) for path, text in files.items())
+
+
+def write_recorded(recorder: Recorder) -> None:
+    """Bring the dump of a recorder with a folder of its own up to date."""
+    if recorder.directory is not None:
+        write_dump(recorder.directory, recorder, recorder.report)
 
 
 def environment() -> dict[str, str]:
@@ -94,19 +100,49 @@ def environment() -> dict[str, str]:
     }
 
 
-def _file_name(stage: Stage) -> str:
-    return f"{stage.number:02d}_{stage.name}.txt"
-
-
-def _diff(before: Stage, after: Stage) -> str:
+def diff(before: Stage, after: Stage) -> str:
+    """The unified diff of two stages; empty if they are equal."""
     lines = difflib.unified_diff(
         before.text.splitlines(),
         after.text.splitlines(),
-        _file_name(before),
-        _file_name(after),
+        f"{before.stem}.txt",
+        f"{after.stem}.txt",
         lineterm="",
     )
     return "".join(f"{line}\n" for line in lines)
+
+
+def _stage_files(
+    folder: Path, stage: Stage, formats: Sequence[str]
+) -> Iterator[tuple[Path, str | bytes]]:
+    path = folder / stage.stem
+    if "txt" in formats:
+        yield path.with_suffix(".txt"), stage.text
+    for suffix, text in stage.files.items():
+        yield path.with_suffix(f".{suffix}"), text
+    if stage.view is None:
+        return
+    title = f"graph {stage.graph}, {stage.name}"
+    if "svg" in formats:
+        yield path.with_suffix(".svg"), to_svg(stage.view, title)
+    if "dot" in formats:
+        yield path.with_suffix(".dot"), to_dot(stage.view, title)
+    if "png" in formats:
+        yield path.with_suffix(".png"), to_png(to_dot(stage.view, title))
+
+
+def _stage_entries(stages: Sequence[Stage]) -> Iterator[dict[str, Any]]:
+    """Number, name and operations of each stage, and what changed since the one before."""
+    before: Mapping[str, int] | None = None
+    for stage in stages:
+        changed = {} if before is None else count_changes(before, stage.counts)
+        yield {
+            "number": stage.number,
+            "name": stage.name,
+            "operations": sum(stage.counts.values()),
+            "changed": {name: list(pair) for name, pair in changed.items()},
+        }
+        before = stage.counts
 
 
 def _clear(directory: Path) -> None:
@@ -117,6 +153,7 @@ def _clear(directory: Path) -> None:
         raise ConfigError(f"{directory} is not empty and holds no dump: name another folder")
     for folder in directory.glob("graph_*"):
         shutil.rmtree(folder)
+    (directory / "index.html").unlink(missing_ok=True)
 
 
 def _is_dump(path: Path) -> bool:
@@ -127,7 +164,11 @@ def _is_dump(path: Path) -> bool:
     return isinstance(content, dict) and {"schema", "environment", "graphs"} <= content.keys()
 
 
-def _write(path: Path, text: str) -> Path:
+def _write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text if text.endswith("\n") or not text else f"{text}\n", encoding="utf-8")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        text = content if content.endswith("\n") or not content else f"{content}\n"
+        path.write_text(text, encoding="utf-8")
     return path

@@ -9,6 +9,7 @@ Reference:
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -46,6 +47,8 @@ class Mixing:
     """Mean of the diagonal: 1 keeps the streams apart, 1/n mixes them completely."""
     uniform_distance: float
     """``max |M[i, j] - 1/n|``."""
+    matrix: tuple[tuple[float, ...], ...]
+    """The mean of ``M`` over the tokens: the effective ``H_res``, or the effective product."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,8 @@ class SiteStability:
     trunk: int
     """Index in `StabilityReport.trunks`."""
     mixing: Mixing
+    composite: Mixing
+    """Of the product from the start of the trunk up to and with this site."""
     spread: float
     """``|X - mean_i X| / |X|`` of the state the site reads: 0 while all streams are equal."""
 
@@ -121,19 +126,28 @@ def measure(module: fx.GraphModule, *args: Any, **kwargs: Any) -> StabilityRepor
         # The graph takes the leaves: what packs and unpacks them belongs to the generated code.
         leaves = pytree.tree_leaves((args, kwargs))
         observer.run(*leaves, enable_io_processing=False)
-    sites = tuple(
-        SiteStability(name=name, trunk=trunk, mixing=_mixing(h_res), spread=spread)
-        for name, trunk, h_res, spread in observer.seen
-    )
-    trunks = []
-    for index, spread in observer.spreads.items():
-        maps = [h_res for _, trunk, h_res, _ in observer.seen if trunk == index]
-        if maps:
-            composite = _mixing(_product(maps))
-            trunks.append(
-                TrunkStability(index=index, sites=len(maps), composite=composite, spread=spread)
+    products: dict[int, torch.Tensor] = {}  # by trunk, token by token; later sites on the left
+    composites: dict[int, Mixing] = {}
+    counts = Counter(trunk for _, trunk, _, _ in observer.seen)
+    sites = []
+    for name, trunk, h_res, spread in observer.seen:
+        products[trunk] = h_res @ products[trunk] if trunk in products else h_res
+        composites[trunk] = _mixing(products[trunk])
+        sites.append(
+            SiteStability(
+                name=name,
+                trunk=trunk,
+                mixing=_mixing(h_res),
+                composite=composites[trunk],
+                spread=spread,
             )
-    return StabilityReport(sites=sites, trunks=tuple(trunks))
+        )
+    trunks = tuple(
+        TrunkStability(index=index, sites=counts[index], composite=composites[index], spread=spread)
+        for index, spread in observer.spreads.items()
+        if index in composites
+    )
+    return StabilityReport(sites=tuple(sites), trunks=trunks)
 
 
 class _Observer(fx.Interpreter):
@@ -191,14 +205,6 @@ def _spread(X: torch.Tensor, spec: SiteSpec) -> float:
     return float((X - mean).norm() / X.norm().clamp_min(torch.finfo(X.dtype).tiny))
 
 
-def _product(maps: list[torch.Tensor]) -> torch.Tensor:
-    """The composite map [tokens, n, n]; later sites stand on the left."""
-    product = maps[0]
-    for h_res in maps[1:]:
-        product = h_res @ product
-    return product
-
-
 def _mixing(maps: torch.Tensor) -> Mixing:
     """Metrics of [tokens, n, n]."""
     mean = maps.mean(0)
@@ -212,4 +218,5 @@ def _mixing(maps: torch.Tensor) -> Mixing:
         smallest=float(maps.min()),
         diagonal=float(mean.diagonal().mean()),
         uniform_distance=float((mean - 1 / mean.shape[0]).abs().max()),
+        matrix=tuple(map(tuple, mean.tolist())),
     )

@@ -4,12 +4,17 @@
 the same bytes for the same report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from mhc_compile.memory import MemoryPlan
 from mhc_compile.report import Report, Site, TrunkOperation
-from mhc_compile.verify import VerifyReport
+from mhc_compile.stages import Stage, count_changes
+
+if TYPE_CHECKING:  # verify compiles, and the backend writes dumps with tables
+    from mhc_compile.stability import Mixing, StabilityReport
+    from mhc_compile.verify import VerifyReport
 
 _EXAMPLES = 3
 
@@ -180,6 +185,65 @@ def _shape(shape: Sequence[int | str]) -> str:
     return "x".join(map(str, shape))
 
 
+def stage_table(stages: Sequence[Stage]) -> Table:
+    """How many operations each pass left, and which counts it changed."""
+    rows = []
+    for before, stage in zip([None, *stages], stages, strict=False):
+        changed = {} if before is None else count_changes(before.counts, stage.counts)
+        text = ", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items())
+        rows.append((stage.stem, f"{sum(stage.counts.values()):,}", text))
+    columns = ("stage", "operations", "changed")
+    return Table(title="Operations after each pass", columns=columns, rows=tuple(rows))
+
+
+def byte_table(traffic: Sequence[Mapping[str, Any]]) -> Table:
+    """Bytes of the mhc ops of a forward graph, as `mhc_compile.graph_text.traffic` counts them."""
+
+    def text(number: int | None) -> str:
+        return "depends on a size" if number is None else f"{number:,}"
+
+    rows = [
+        (row["op"], str(row["calls"]), text(row["read"]), text(row["written"])) for row in traffic
+    ]
+    columns = ("op", "calls", "bytes read", "bytes written")
+    return Table(title="Bytes of the mhc ops, forward", columns=columns, rows=tuple(rows))
+
+
+def stability_tables(report: "StabilityReport") -> list[Table]:
+    """Gains of whole trunks, gains of each site, and the effective mixing of each site."""
+    columns = ("forward", "backward", "row sums - 1", "column sums - 1", "smallest", "diagonal")
+
+    def cells(mixing: "Mixing") -> tuple[str, ...]:
+        gains = (mixing.forward_gain, mixing.backward_gain)
+        errors = (mixing.row_error, mixing.column_error)
+        rest = (mixing.smallest, mixing.diagonal)
+        return (*(f"{x:.4f}" for x in gains), *(f"{x:.1e}" for x in errors),
+                *(f"{x:.3f}" for x in rest))  # fmt: skip
+
+    trunks = [
+        (str(t.index), str(t.sites), *cells(t.composite), f"{t.spread:.4f}") for t in report.trunks
+    ]
+    sites = [(s.name, str(s.trunk), *cells(s.mixing), f"{s.spread:.4f}") for s in report.sites]
+    matrices = [
+        (
+            s.name,
+            "  ".join("[" + " ".join(f"{x:.2f}" for x in row) + "]" for row in s.mixing.matrix),
+        )
+        for s in report.sites
+    ]
+    return [
+        Table(
+            title="Gains of whole trunks",
+            columns=("trunk", "sites", *columns, "spread"),
+            rows=tuple(trunks),
+        ),
+        Table(
+            title="Gains of sites", columns=("site", "trunk", *columns, "spread"), rows=tuple(sites)
+        ),
+        Table(title="Effective H_res, by rows", columns=("site", "matrix"), rows=tuple(matrices)),
+    ]
+
+
 def memory_tables(plan: MemoryPlan) -> list[Table]:
     """What `mhc_compile.memory.memory_plan` found, in MiB."""
     rows = [
@@ -214,7 +278,7 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def verify_tables(report: VerifyReport) -> list[Table]:
+def verify_tables(report: "VerifyReport") -> list[Table]:
     """The checks of `mhc_compile.verify.verify`, and each site's errors."""
     checks = [
         (

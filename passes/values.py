@@ -90,11 +90,17 @@ def is_state(node: Node) -> bool:
 
 def source_line(node: Node) -> str:
     """``file.py:123`` of the innermost user frame that made the node; "" if none was recorded."""
+    path, line = source_frame(node)
+    return f"{path.rsplit('/', 1)[-1]}:{line}" if path else ""
+
+
+def source_frame(node: Node) -> tuple[str, int]:
+    """The whole path and the line of the same frame; ("", 0) if none was recorded."""
     for path, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
         path = path.replace(chr(92), "/")
         if not path.endswith(_OURS):
-            return f"{path.rsplit('/', 1)[-1]}:{line}"
-    return ""
+            return path, int(line)
+    return "", 0
 
 
 def describe(node: Node) -> str:

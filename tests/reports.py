@@ -1,5 +1,8 @@
 """A report of every kind of entry, made by hand."""
 
+from dataclasses import asdict
+
+from mhc_compile.config import MHCConfig
 from mhc_compile.report import RejectedAdd, Report, Site, Trunk
 
 
@@ -33,7 +36,7 @@ def example_report() -> Report:
 
     return Report(
         model="Toy",
-        config={"streams": 4},
+        config=asdict(MHCConfig()),
         graphs=1,
         sites=(site("h.0.add0"), site("h.1.add0"), site("head.add0", -1, "its skip is a slice")),
         trunks=(

@@ -161,7 +161,7 @@ def test_flags_and_settings_arrive_at_the_configuration_and_the_target(
     toy: str, explain: _Explain
 ) -> None:
     flags = "--streams 2 --constraint sinkhorn_softmax --iters 5 --pre-eps 0.001 --norm-eps 1e-5"
-    flags += " --sinkhorn-eps 1e-4 --collapse learned --init paper --static"
+    flags += " --sinkhorn-eps 1e-4 --stream-collapse learned --init paper --static"
     flags += " --include h.* --include g.* --exclude h.0.* --set width=6"
     assert cli.main(["explain", toy, *flags.split()]) == 0
     assert explain.width == 6

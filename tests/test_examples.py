@@ -18,6 +18,60 @@ installed = pytest.mark.skipif(
 )
 
 
+def _run(script: str, *arguments: str) -> str:
+    """The standard output of an example."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+@installed
+@pytest.mark.slow
+def test_a_gpt2_is_converted_and_learns() -> None:
+    out = _run("convert_gpt2.py", "--inner=aot_eager", "--steps=4")
+    assert out.count("new parameters") == 4
+    losses = [float(x) for x in out.splitlines()[-1].removeprefix("losses:").split()]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@installed
+@pytest.mark.slow
+def test_a_vit_keeps_its_function() -> None:
+    out = _run("convert_vit.py", "--inner=aot_eager", "--streams=2")
+    assert out.startswith("6 sites in 1 trunk")
+    assert float(out.split()[-1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_model_is_inspected_with_reasons_and_pictures(tmp_path: Path) -> None:
+    out = _run("inspect_model.py", f"--out={tmp_path / 'd'}")
+    assert "6 residual sites converted in 1 trunk" in out
+    assert "6 other adds" in out
+    page = (tmp_path / "d" / "index.html").read_text()
+    assert page.count("<svg ") == 2
+    assert "× 6" in page
+
+
+@installed
+@pytest.mark.slow
+def test_gains_part_while_training_and_are_written_down(tmp_path: Path) -> None:
+    arguments = ("--steps=6", "--every=3", "--layers=2", "--inner=aot_eager", "--no-plots")
+    out = _run("plot_stability.py", *arguments, f"--out={tmp_path}")
+    rows = [line.split() for line in out.splitlines() if line.startswith(("hyper", "mHC"))]
+    assert [row[1] for row in rows] == ["0", "3", "6"] * 2
+    hyper, mhc = float(rows[2][2]), float(rows[5][2])
+    assert mhc == pytest.approx(1, abs=1e-4)
+    assert abs(hyper - 1) > 1e-3
+    for name in ("none", "sinkhorn"):
+        lines = (tmp_path / f"{name}.csv").read_text().splitlines()
+        assert len(lines) == 1 + 3 * (1 + 4)
+
+
 @installed
 @pytest.mark.slow
 def test_training_compares_three_models_that_start_alike_and_learn() -> None:

@@ -336,3 +336,32 @@ def test_a_module_out_of_reach_cannot_be_lifted_from() -> None:
     stranger = Lifts()
     with pytest.raises(Exception, match=r"no variable of .* leads to the Lifts"):
         torch.compile(Net(), backend=lifting([], stranger))(example())
+
+
+def test_autograd_shows_the_joint_the_forward_and_the_backward_graph() -> None:
+    seen: dict[str, set[str]] = {}
+
+    def look(frame: private.Frame, gm: GraphModule) -> None:
+        copy, _ = private.copy_captured(gm)
+        inputs = [private.example_of(n) for n in gm.graph.nodes if n.op == "placeholder"]
+        private.trace_autograd(
+            copy,
+            inputs,
+            lambda phase, g: seen.update({phase: {str(n.target) for n in g.graph.nodes}}),
+        )
+
+    look_at(lambda x: torch.tanh(x).sum(), look, torch.randn(3, requires_grad=True))
+    assert {"aten.tanh.default", "aten.sum.default"} <= seen["joint"]
+    assert "aten.tanh.default" in seen["fw"]
+    assert "aten.tanh.default" not in seen["bw"]
+    seen.clear()
+    look_at(lambda x: torch.tanh(x).sum(), look, torch.randn(3))
+    assert list(seen) == ["fw"]
+
+
+def test_the_bodies_of_custom_ops_are_plain_functions() -> None:
+    bodies = private.custom_op_bodies("mhc")
+    body = bodies[torch.ops.mhc.expand.default]
+    x = torch.randn(2, 3)
+    assert torch.equal(body(x, 4, -1), torch.ops.mhc.expand(x, 4, -1))
+    assert {torch.ops.mhc.pre.default, torch.ops.mhc.post_backward.default} <= set(bodies)
