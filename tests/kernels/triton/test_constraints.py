@@ -14,7 +14,7 @@ pytestmark = pytest.mark.interpreted
 TOKENS = 20  # a part of a block
 MIXING = [name for name, kind in CONSTRAINTS.items() if kind.mixes]
 SPECS = [
-    SiteSpec(streams=n, constraint=name)
+    SiteSpec(streams=n, constraint=name, iters=20 if n < 6 else 6)
     for name in MIXING
     for n in (1, 2, 3, 4, 6, 8)
     if not (name == "sinkhorn_softmax" and n > 2)  # the others follow
