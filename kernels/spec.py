@@ -16,7 +16,8 @@ MAX_STREAMS = 16
 """Largest number of residual streams."""
 
 KERNELS = ("auto", "triton", "cpp", "reference")
-"""What can compute the ops: the fastest that can; Triton, or C++, or nothing else; plain torch."""
+"""What can compute the ops: the fastest that can, generated Triton or C++ or nothing else, plain
+torch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

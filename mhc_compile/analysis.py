@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.fx import GraphModule
 
-from mhc_compile.config import MHCConfig
+from mhc_compile.config import FORM, MHCConfig
 from mhc_compile.hosts import HostedSite, Resolve, erase_markers, hosted_sites, marked_calls
+from mhc_compile.passes.origins import part_origins
 from mhc_compile.passes.plan import Plan, PlannedSite, plan_trunks
 from mhc_compile.passes.residuals import find_residuals
 from mhc_compile.passes.sites import Residuals
@@ -53,6 +54,9 @@ def analyse(
     erase_markers(gm.graph)
     gm.recompile()
     residuals = find_residuals(gm.graph)
+    while part_origins(gm.graph, residuals):
+        gm.recompile()
+        residuals = find_residuals(gm.graph)
     hosted = hosted_sites(residuals, resolve)
     return _planned(Analysis(gm, residuals, hosted, Plan(), markers), refuse)
 
@@ -78,15 +82,22 @@ def refuse_filtered(
         config: its ``streams``, ``include`` and ``exclude`` count.
         names: path of each module, by ``id``.
     """
-    reasons = {site.index: _filtered(site.name(names), config) for site in hosted}
+    reasons = {site.index: _filtered(site.name(names), site.kinds, config) for site in hosted}
     return {index: reason for index, reason in reasons.items() if reason is not None}
 
 
-def _filtered(name: str, config: MHCConfig) -> str | None:
-    """Why the configuration leaves a site named ``name`` out, or None."""
+def _filtered(name: str, kinds: Sequence[str], config: MHCConfig) -> str | None:
+    """Why the configuration leaves out a site of that name, form and traits, or None."""
     if config.streams == 1:
         return "streams=1 is the plain residual"
-    if not any(fnmatchcase(name, pattern) for pattern in config.include):
-        return f"no pattern of include={config.include} matches {name}"
-    hit = next((pattern for pattern in config.exclude if fnmatchcase(name, pattern)), None)
+    if not any(_matches(pattern, name, kinds) for pattern in config.include_patterns):
+        return f"no pattern of include={config.include} matches {name} ({', '.join(kinds)})"
+    hit = next((p for p in config.exclude_patterns if _matches(p, name, kinds)), None)
     return f"excluded by {hit!r}" if hit is not None else None
+
+
+def _matches(pattern: str, name: str, kinds: Sequence[str]) -> bool:
+    """Whether a pattern of names, or one of forms and traits, fits a site."""
+    if not pattern.startswith(FORM):
+        return fnmatchcase(name, pattern)
+    return any(fnmatchcase(kind, pattern.removeprefix(FORM)) for kind in kinds)

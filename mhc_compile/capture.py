@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +160,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         (value, dict(value))
         for _, saved in attributes
         for value in saved.values()
-        if isinstance(value, dict)
+        if type(value) in (dict, OrderedDict)  # another kind may refuse to be written
     ]
     for module, _ in attributes:
         module._compiled_call_impl = None

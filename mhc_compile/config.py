@@ -1,19 +1,24 @@
 """`MHCConfig`: every choice a user has, checked when it is made."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from glob import escape
 from typing import Any, Literal, Self, get_args
 
 from mhc_compile.errors import ConfigError, KernelError
 from mhc_compile.kernels.constraints import constraint_named
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.pipeline import OPTIONAL_PASSES
+from mhc_compile.report import Site
 
 Collapse = Literal["mean", "sum", "learned"]
 Init = Literal["preserve", "paper"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 OnEager = Literal["raise", "warn", "ignore"]
 Kernels = Literal["auto", "triton", "cpp", "reference"]
+Filter = tuple[str, ...] | Callable[[Site], bool]
+FORM = "form:"
+"""What a pattern of forms and traits starts with; other patterns are of names."""
 _CHOICES = {
     "collapse": Collapse,
     "init": Init,
@@ -56,10 +61,13 @@ class MHCConfig:
     """How the streams become one again at the end of a trunk."""
     init: Init = "preserve"
     """"preserve" leaves the model's outputs unchanged; "paper" is the paper's appendix A.6."""
-    include: tuple[str, ...] = ("*",)
-    """Only sites whose name (``layers.3.add0``) matches one of these shell patterns."""
-    exclude: tuple[str, ...] = ()
-    """Of those, none whose name matches one of these."""
+    include: Filter = ("*",)
+    """Only sites that match one of these shell patterns: of names (``layers.3.add0``, as reports
+    show them), or behind ``form:`` of forms and traits (``form:identity``, ``form:post-norm``). A
+    function is asked about each `mhc_compile.Site` of ``explain`` that could be rewritten; what
+    `convert_` then stores in the model is the names that it took, which are plain data."""
+    exclude: Filter = ()
+    """Of those, none that matches one of these (or of which the function says so)."""
     kernels: Kernels = "auto"
     """What computes the mhc ops: "auto" takes the generated kernels of the device wherever they can
     (C++ on a CPU, Triton on a GPU), "cpp" and "triton" refuse anything else, "reference" is plain
@@ -86,8 +94,12 @@ class MHCConfig:
                 )
         for name in ("include", "exclude", "skip_passes"):
             value = getattr(self, name)
+            if callable(value) and name != "skip_passes":
+                continue
             if isinstance(value, str) or not all(isinstance(p, str) for p in value):
-                what = "names of passes" if name == "skip_passes" else "shell patterns"
+                what = "names of passes"
+                if name != "skip_passes":
+                    what = "shell patterns, or a function of a site"
                 raise ConfigError(f"{name}={value!r} is not allowed: give a tuple of {what}")
             object.__setattr__(self, name, tuple(value))
         if unknown := sorted(set(self.skip_passes) - set(OPTIONAL_PASSES)):
@@ -108,6 +120,36 @@ class MHCConfig:
                 "model's outputs: use collapse='mean', or init='paper'"
             )
         self.spec()
+
+    @property
+    def include_patterns(self) -> tuple[str, ...]:
+        """`include`, which must be patterns here."""
+        return _patterns(self.include)
+
+    @property
+    def exclude_patterns(self) -> tuple[str, ...]:
+        """`exclude`, which must be patterns here."""
+        return _patterns(self.exclude)
+
+    @property
+    def has_predicate(self) -> bool:
+        """Whether a filter is a function, which only a whole model can be asked about."""
+        return callable(self.include) or callable(self.exclude)
+
+    def select(self, sites: Iterable[Site]) -> Self:
+        """This configuration with the names of sites in place of functions.
+
+        Args:
+            sites: all sites of a model, as ``explain`` finds them without filters.
+        """
+        found = [site for site in sites if site.status != "left"]
+
+        def names(value: Filter) -> tuple[str, ...]:
+            if not callable(value):
+                return value
+            return tuple(dict.fromkeys(escape(site.name) for site in found if value(site)))
+
+        return replace(self, include=names(self.include), exclude=names(self.exclude))
 
     def spec(self, dim: int = -1) -> SiteSpec:
         """The specification of one site whose channel axis is ``dim`` (counted from the end)."""
@@ -141,7 +183,18 @@ class MHCConfig:
             raise ConfigError(
                 f"unknown option {', '.join(unknown)}: the mhc backend knows {', '.join(known)}"
             )
-        return cls(**(options or {}))
+        config = cls(**(options or {}))
+        if config.has_predicate:
+            raise ConfigError(
+                "include and exclude are asked about a whole model, and the backend sees graphs: "
+                "give the function to mhc_compile.convert_, and no option here"
+            )
+        return config
+
+
+def _patterns(value: Filter) -> tuple[str, ...]:
+    assert not callable(value), "convert_ puts names in place of a function first"
+    return value
 
 
 def _or(value: float | None, default: float) -> float:

@@ -3,7 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     """
     already = _conversion(model)
     config = config or (MHCConfig(**already) if already is not None else MHCConfig())
+    config = select_sites(config, model, args, kwargs)
     names = _names(model)
     capture = capture_model(
         model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
@@ -78,6 +79,7 @@ def convert_observed(
 ) -> Report:
     """`convert_`, with a look at the graphs on the way."""
     already = _conversion(model)
+    config = select_sites(config, model, args, kwargs)
     if already is not None and already != asdict(config):
         raise ConfigError(
             f"the model is converted already, with {already}: mhc_compile.revert_(model) "
@@ -96,6 +98,16 @@ def convert_observed(
     else:
         _refuse_partial(uses)
     return build_report(model, capture, config, uses, converted=True)
+
+
+def select_sites(
+    config: MHCConfig, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> MHCConfig:
+    """``config`` with patterns alone: functions are asked about the sites of ``model``."""
+    if not config.has_predicate:
+        return config
+    everything = replace(config, include=("*",), exclude=())
+    return config.select(explain(model, *args, config=everything, **kwargs).sites)
 
 
 def _refuse_partial(uses: Sequence[SiteUse]) -> None:

@@ -34,6 +34,8 @@ class HostedSite:
     source: str
     refusal: str = ""
     """Why no module can keep it; empty otherwise."""
+    kinds: tuple[str, ...] = ()
+    """Its form and traits, for filters."""
 
     def name(self, names: Mapping[int, str]) -> str:
         """``owner.key`` with the paths of ``names`` (by ``id``), as filters and reports show it."""
@@ -68,7 +70,17 @@ def hosted_sites(residuals: Residuals, resolve: Resolve) -> list[HostedSite]:
         host, call, reason = _host(module_calls(site.root), resolve)
         number = counts[id(host), call]
         counts[id(host), call] += 1
-        hosted.append(HostedSite(index, host, call, f"add{number}", source_line(site.root), reason))
+        hosted.append(
+            HostedSite(
+                index,
+                host,
+                call,
+                f"add{number}",
+                source_line(site.root),
+                reason,
+                (site.form, *site.traits),
+            )
+        )
     return hosted
 
 

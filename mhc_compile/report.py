@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Status = Literal["found", "converted", "left"]
 
@@ -36,6 +36,24 @@ class Site:
     """Why it was left; empty otherwise."""
     parameters: int = 0
     """New scalar parameters of the site."""
+    activation_bytes: int | None = 0
+    """Extra bytes that one call writes on the example inputs, see `mhc_compile.costs`: n streams in
+    place of one sum, the branch input u, the coefficients. None where a size is dynamic."""
+    choice: str = ""
+    """Where the rewrite had a choice (a projection skip): what it does, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkOperation:
+    """An operation between sites, or on a skip, that runs on each of the n streams alike."""
+
+    name: str
+    """"layer_norm", "relu", "to", ..."""
+    count: int
+    """How many of them the trunk has."""
+    extra_bytes: int | None
+    """What they write beyond one stream in one call: (n - 1) times their results; 0 for views, None
+    where a size is dynamic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +69,8 @@ class Trunk:
     """What makes the value that is expanded: "embedding", "dropout", "graph input", ..."""
     readers: int
     """Values of the trunk that code outside its branches reads; each gets the collapsed value."""
-    on_trunk: tuple[str, ...] = ()
-    """Operations between the sites that are applied to every stream: "layer_norm", "relu"."""
+    on_trunk: tuple[TrunkOperation, ...] = ()
+    """Operations between the sites and on their skips, which run on every stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,21 +3,24 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 
 from torch import nn
 from torch.fx import Node
 
 from mhc_compile.capture import Capture
 from mhc_compile.config import MHCConfig
-from mhc_compile.kernels.init import initial_parameters
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.costs import activation_bytes, parameter_count, trunk_operations
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.owners import module_calls
 from mhc_compile.passes.plan import Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of, source_line
 from mhc_compile.report import RejectedAdd, Report, Site, Trunk
 from mhc_compile.uses import SiteUse
+
+_PROJECTED = (
+    "the skip is projected once, from the mean of the streams, and its result starts new ones: "
+    "projecting every stream would cost n times as much"
+)
 
 
 def build_report(
@@ -35,14 +38,14 @@ def build_report(
         config=asdict(config),
         graphs=capture.graphs,
         sites=tuple(_site(use, names, config, converted) for use in uses),
-        trunks=_trunks(capture, uses, names),
+        trunks=_trunks(capture, uses, names, config.streams),
         rejected=_rejected(capture, names),
         notes=_notes(capture),
     )
 
 
 def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: bool) -> Site:
-    planned = use.planned
+    planned, spec = use.planned, config.spec()
     found = "converted" if converted else "found"
     return Site(
         name=use.hosted.name(names),
@@ -56,16 +59,15 @@ def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: boo
         trunk=use.trunk,
         status="left" if planned is None else found,  # type: ignore[arg-type]
         reason=use.reason,
-        parameters=0 if planned is None else _parameter_count(config.spec(), planned.width),
+        parameters=0 if planned is None else parameter_count(spec, planned.width),
+        activation_bytes=0 if planned is None else activation_bytes(planned, spec),
+        choice=_PROJECTED if planned is not None and use.site.form == "projection" else "",
     )
 
 
-@lru_cache(maxsize=64)
-def _parameter_count(spec: SiteSpec, width: int) -> int:
-    return sum(tensor.numel() for tensor in initial_parameters(spec, width).values())
-
-
-def _trunks(capture: Capture, uses: Sequence[SiteUse], names: dict[int, str]) -> tuple[Trunk, ...]:
+def _trunks(
+    capture: Capture, uses: Sequence[SiteUse], names: dict[int, str], streams: int
+) -> tuple[Trunk, ...]:
     members: dict[int, list[SiteUse]] = defaultdict(list)
     for use in uses:
         if use.planned is not None:
@@ -78,9 +80,7 @@ def _trunks(capture: Capture, uses: Sequence[SiteUse], names: dict[int, str]) ->
             width=_planned(group[0]).width,
             entry=_entry(group[0]),
             readers=sum(readers[use.run][use.hosted.index] for use in group),
-            on_trunk=tuple(
-                dict.fromkeys(op_name(n) for use in group for n in _planned(use).region)
-            ),
+            on_trunk=trunk_operations(map(_planned, group), streams),
         )
         for index, group in sorted(members.items())
     )

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from mhc_compile.analysis import analyse
 from mhc_compile.binding import bind
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import build_sites
+from mhc_compile.convert import build_sites, select_sites
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.hosts import resolve_by_path
 from mhc_compile.match import Matches, sites_of
@@ -48,7 +48,7 @@ def rewrite(
     Raises:
         UnsupportedGraphError: the model cannot be exported, or its sites are not those recorded.
     """
-    config = config or MHCConfig()
+    config = select_sites(config or MHCConfig(), model, args, kwargs)
     exported = _export(model, args, kwargs, dynamic_shapes)
     scope = _ExportScope(model)
     matches = Matches(scope, config)

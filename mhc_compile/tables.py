@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mhc_compile.memory import MemoryPlan
-from mhc_compile.report import Report, Site
+from mhc_compile.report import Report, Site, TrunkOperation
 from mhc_compile.verify import VerifyReport
 
 _EXAMPLES = 3
@@ -81,7 +81,7 @@ def _trunks(report: Report) -> Table:
             str(trunk.width),
             trunk.entry,
             str(trunk.readers),
-            ", ".join(trunk.on_trunk),
+            ", ".join(_operation(operation) for operation in trunk.on_trunk),
             _span(trunk.sites),
         )
         for trunk in report.trunks
@@ -94,6 +94,12 @@ def _span(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
 
 
+def _operation(operation: TrunkOperation) -> str:
+    """``layer_norm x3 (+12,288 B)``: how often, and what the further streams write."""
+    cost = "dynamic" if operation.extra_bytes is None else f"+{operation.extra_bytes:,} B"
+    return f"{operation.name} x{operation.count} ({cost})"
+
+
 def _sites(sites: Sequence[Site]) -> Table:
     rows = [
         (
@@ -103,12 +109,27 @@ def _sites(sites: Sequence[Site]) -> Table:
             site.source,
             _shape(site.shape),
             "" if site.trunk < 0 else str(site.trunk),
-            f"left: {site.reason}" if site.status == "left" else site.status,
+            *_costs(site),
+            f"left: {site.reason}" if site.status == "left" else _status(site),
         )
         for site in sites
     ]
-    columns = ("site", "form", "traits", "source", "shape", "trunk", "status")
+    columns = (
+        *("site", "form", "traits", "source", "shape", "trunk", "parameters", "extra bytes"),
+        "status",
+    )
     return Table(title="Residual sites", columns=columns, rows=tuple(rows))
+
+
+def _costs(site: Site) -> tuple[str, str]:
+    if site.status == "left":
+        return "", ""
+    extra = site.activation_bytes
+    return f"{site.parameters:,}", "dynamic" if extra is None else f"{extra:,}"
+
+
+def _status(site: Site) -> str:
+    return f"{site.status}: {site.choice}" if site.choice else site.status
 
 
 def _rejected(report: Report, every_add: bool) -> Table:

@@ -30,7 +30,7 @@ from mhc_compile.checks import (
     to_float64,
 )
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import convert_
+from mhc_compile.convert import convert_, select_sites
 from mhc_compile.errors import MHCError, UnsupportedGraphError, VerificationError
 from mhc_compile.kernels.constraints import constraint_named
 from mhc_compile.rewrite import rewrite
@@ -104,6 +104,9 @@ def verify(
         VerificationError: the model returns no float tensor to compare.
     """
     config = config or MHCConfig()
+    if config.has_predicate:
+        model, args, kwargs = build()
+        config = select_sites(config, model, args, kwargs)
     checks: list[Check] = []
     for train in (False, True):
         tell(f"plain against converted, {_mode(train)}")

@@ -1,6 +1,7 @@
 """Per-stream rules for norms and reductions: what looks along axes of one stream."""
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -16,6 +17,8 @@ _AXES_AT = {
     **dict.fromkeys(("linalg_vector_norm", "norm", "normalize"), 2),
 }
 
+_AXES_NAMES = ("dim", "axis")
+
 
 def _plan_last_axes(node: Node, dim: int) -> int | NotLiftable:
     shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("normalized_shape")
@@ -29,13 +32,6 @@ def _plan_last_axes(node: Node, dim: int) -> int | NotLiftable:
 
 def _takes_first(user: Node) -> bool:
     return user.target is operator.getitem and user.args[1:] == (0,)
-
-
-def _plan_getitem(node: Node, dim: int) -> int | NotLiftable:
-    source = first_input(node)
-    if source is None or is_tensor(source):
-        return NotLiftable("it takes a part of the trunk")
-    return dim
 
 
 def _emit_copy(graph: Graph, node: Node, lanes: Lanes, operand: Lane) -> Node:
@@ -56,10 +52,16 @@ def _emit_group_norm(graph: Graph, node: Node, lanes: Lanes, operand: Lane) -> N
     return graph.call_function(torch.unflatten, (normed, 0, (-1, operand.streams)))
 
 
+def _given_axes(node: Node, at: int) -> Any:
+    if len(node.args) > at:
+        return node.args[at]
+    return next((node.kwargs[name] for name in _AXES_NAMES if name in node.kwargs), None)
+
+
 def _axes(node: Node) -> list[int] | None:
     """The axes an operation works along, from the end; None where they are not given as ints."""
     source, at = first_input(node), _AXES_AT[op_name(node)]
-    given = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
+    given = _given_axes(node, at)
     listed = given if isinstance(given, tuple | list) else [given]
     # var(x, True): the flag is no axis
     axes = [axis for axis in listed if isinstance(axis, int) and not isinstance(axis, bool)]
@@ -83,10 +85,9 @@ def _emit_axes(graph: Graph, node: Node, lanes: Lanes, operand: Lane) -> Node:
     axes, at = _axes(node), _AXES_AT[op_name(node)]
     assert axes is not None, "planned"
     moved = [state_axis(axis, operand.dim) for axis in axes]
-    given = node.args[at] if len(node.args) > at else node.kwargs["dim"]
-    new = moved[0] if isinstance(given, int) else moved
+    new = moved[0] if isinstance(_given_axes(node, at), int) else moved
     args = [new if i == at else arg for i, arg in enumerate(node.args)]
-    kwargs = {key: new if key == "dim" else value for key, value in node.kwargs.items()}
+    kwargs = {key: new if key in _AXES_NAMES else value for key, value in node.kwargs.items()}
     if args:
         args[0] = operand.node
     else:
@@ -99,7 +100,6 @@ NORMS = {
         ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"),
         Rule(_plan_last_axes, _emit_copy),
     ),
-    "getitem": Rule(_plan_getitem, _emit_copy),
     "group_norm": Rule(_plan_group_norm, _emit_group_norm),
 }
 """Rules for norms; batch norms have none: their statistics would be those of all streams."""

@@ -1,15 +1,16 @@
 """Per-stream rules for what moves elements without changing them: views and permutations."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import Graph, Node
 
 from mhc_compile.passes.axes import PERMUTATIONS, axis_order
-from mhc_compile.passes.lane import Lane, Lanes, NotLiftable, Rule
+from mhc_compile.passes.lane import Lane, Lanes, NotLiftable, Rule, state_axis
 from mhc_compile.passes.opnames import first_input, op_name
-from mhc_compile.passes.values import dims, dtype_of
+from mhc_compile.passes.values import dims, dtype_of, is_tensor, rank
 
 _RESHAPES = (
     "_unsafe_view", "flatten", "reshape", "reshape_as", "squeeze", "unflatten", "unsqueeze", "view",
@@ -85,8 +86,61 @@ def _emit_permutation(graph: Graph, node: Node, lanes: Lanes, operand: Lane) -> 
     return graph.call_method("permute", (operand.node, tuple(new)))
 
 
+def _plan_getitem(node: Node, dim: int) -> int | NotLiftable:
+    source = first_input(node)
+    if source is None or not is_tensor(source):
+        return dim  # the value among the results of a norm
+    index = _slices(node, rank(source))
+    if index is None:
+        return NotLiftable("it takes a part of the trunk")
+    if dims(node)[dim] != dims(source)[dim]:
+        return NotLiftable("it takes a part of the channels")
+    return dim
+
+
+def _emit_getitem(graph: Graph, node: Node, lanes: Lanes, operand: Lane) -> Node:
+    source = first_input(node)
+    index = _slices(node, rank(source)) if source is not None and is_tensor(source) else None
+    if index is None:
+        return graph.node_copy(node, lambda arg: lanes[arg].node if arg in lanes else arg)
+    index.insert(len(index) + operand.dim, slice(None))
+    return graph.call_function(operator.getitem, (operand.node, tuple(index)))
+
+
+def _slices(node: Node, rank: int) -> list[slice] | None:
+    """``x[:, 2:]`` as one slice an axis; None if the index holds anything else."""
+    given = node.args[1]
+    items = list(given) if isinstance(given, tuple | list) else [given]
+    missing = [slice(None)] * (rank - len(items) + (Ellipsis in items))
+    at = items.index(Ellipsis) if Ellipsis in items else len(items)
+    items[at : at + 1] = missing
+    slices = [item for item in items if isinstance(item, slice)]
+    return slices if len(slices) == len(items) else None
+
+
+def _plan_slice(node: Node, dim: int) -> int | NotLiftable:
+    source = first_input(node)
+    if source is None or (_slice_axis(node) == dim and dims(source) != dims(node)):
+        return NotLiftable(f"{op_name(node)} takes a part of the channels")
+    return dim
+
+
+def _emit_slice(graph: Graph, node: Node, lanes: Lanes, operand: Lane) -> Node:
+    axis = state_axis(_slice_axis(node), operand.dim)
+    args = (operand.node, axis, *node.args[2:])
+    return graph.create_node(node.op, node.target, args, dict(node.kwargs))
+
+
+def _slice_axis(node: Node) -> int:
+    axis = node.args[1] if len(node.args) > 1 else 0
+    assert isinstance(axis, int)
+    return axis - rank(node) if axis >= 0 else axis
+
+
 VIEWS = {
     **dict.fromkeys(_RESHAPES, Rule(_plan_reshape, _emit_reshape)),
     **dict.fromkeys(PERMUTATIONS, Rule(_plan_permutation, _emit_permutation)),
+    "getitem": Rule(_plan_getitem, _emit_getitem),
+    "slice": Rule(_plan_slice, _emit_slice),
 }
-"""Rules for views; the channels must stay one axis."""
+"""Rules for views and slices; the channels must stay one axis, and whole."""

@@ -4,7 +4,8 @@ Branches may hold whole trunks (a transformer inside a U-Net). A single site ins
 often a part of it: ``y + D x`` of a state-space mixer, a pooling residual in an attention. And a
 single site whose sum lies inside a branch that its origin does not come from adds a foreign value
 there: a position bias that all layers share is computed with by the first layer, so every later
-layer seems to compute the other operand from it.
+layer seems to compute the other operand from it. A site that starts from the same value as the one
+around it (or from an alias of it, see `origins`) is neither.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from mhc_compile.passes.flow import FlowIndex
-from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.opnames import first_input, op_name
 from mhc_compile.passes.reasons import INJECTED, NESTED, injected_reason, nested_reason
 from mhc_compile.passes.sites import Link, ResidualSite
 from mhc_compile.passes.trunks import branch_nodes, chains, link_sites
@@ -76,10 +77,18 @@ def _nestings(index: FlowIndex, sites: Sequence[ResidualSite]) -> Mapping[int, N
         for i in (at[node] for node in region & at.keys()):
             origin = sites[i].origin
             # A residual around a whole trunk starts where the first of its sites starts.
-            if origin is not site.origin and span < spans.get(i, len(index.nodes)):
+            if _without_aliases(origin) is not _without_aliases(site.origin) and span < spans.get(
+                i, len(index.nodes)
+            ):
                 found[i] = Nesting(outer, origin in region)
                 spans[i] = span
     return found
+
+
+def _without_aliases(node: Node) -> Node:
+    while op_name(node) == "alias" and (source := first_input(node)) is not None:
+        node = source
+    return node
 
 
 def _mark(

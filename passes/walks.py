@@ -7,7 +7,7 @@ from torch.fx import Node
 from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.opnames import first_input, op_name
 from mhc_compile.passes.sums import operands
-from mhc_compile.passes.values import is_tensor, numel
+from mhc_compile.passes.values import is_tensor, numel, rank
 from mhc_compile.passes.vocabulary import (
     CAST,
     CONVOLUTION,
@@ -19,6 +19,7 @@ from mhc_compile.passes.vocabulary import (
     SCALE,
 )
 
+_SLICES = frozenset({"getitem", "slice", "narrow"})  # copies if they take everything
 PROJECTIONS = CONVOLUTION | MATMUL | POOLING
 
 
@@ -37,12 +38,17 @@ def plain_step(index: FlowIndex, node: Node) -> Node | None:
     name = op_name(node)
     if name in LAYOUT or name in CAST or name in DROPOUT:
         return first_input(node)
-    if name == "getitem":
+    if name in _SLICES:
         source = first_input(node)
         if source is None or not is_tensor(source):
-            return source
+            return source if source is not None and _has_one_result(source) else None
         return source if numel(source) == numel(node) else None
     return _scaled(index, node) if name in SCALE else None
+
+
+def _has_one_result(node: Node) -> bool:
+    """Whether a tuple holds one value, and else what belongs to it: a mask, statistics."""
+    return op_name(node) in DROPOUT or op_name(node) in NORM
 
 
 def _walk(
@@ -62,7 +68,20 @@ def _affine_step(index: FlowIndex, node: Node) -> Node | None:
     if name in NORM or name in PROJECTIONS or name == "sub" or operands(node) is not None:
         varying = index.varying_inputs(node)
         return varying[0] if len(varying) == 1 else None
-    return None
+    return _pooled(node)
+
+
+def _pooled(node: Node) -> Node | None:
+    """What a max-pooling written as a view and a maximum over its new axis reads."""
+    source = first_input(node)
+    if source is None:
+        return None
+    if op_name(node) == "getitem":  # max(dim) returns values and indices
+        return source if op_name(source) == "max" and node.args[1] == 0 else None
+    viewed = first_input(source)
+    is_split = viewed is not None and op_name(source) in LAYOUT and rank(source) > rank(viewed)
+    is_maximum = op_name(node) in ("amax", "max") and node.all_input_nodes == [source]
+    return source if is_maximum and is_split else None
 
 
 def _scaled(index: FlowIndex, node: Node) -> Node | None:

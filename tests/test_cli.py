@@ -72,7 +72,7 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("explain", "dump", "verify"))
+    assert all(verb in shown for verb in ("explain", "dump", "verify", "kernels"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Trunks that run through several graphs: breaks between blocks, layers that share one graph."""
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -193,3 +194,15 @@ def test_hooks_a_model_installs_while_it_is_traced_are_taken_off_again() -> None
     mhc_compile.explain(model, torch.randn(2, 3, 8))
     assert not model.hooked
     assert not model.block._forward_hooks
+
+
+class _ReadOnly(OrderedDict[str, int]):
+    def update(self, *args: object, **kwargs: object) -> None:
+        raise TypeError("read only")
+
+
+def test_a_dict_of_a_kind_that_cannot_be_written_is_left_alone() -> None:
+    model = PreNorm()
+    model.settings = _ReadOnly(width=8)  # type: ignore[assignment]
+    assert len(mhc_compile.explain(model, torch.randn(2, 3, 8)).sites) == 2
+    assert model.settings == {"width": 8}

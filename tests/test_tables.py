@@ -35,13 +35,15 @@ def test_every_rejected_add_is_listed_on_request_in_graph_order() -> None:
 
 def test_a_site_that_was_left_shows_its_reason_and_no_trunk() -> None:
     _, sites, _ = report_tables(example_report())
-    assert sites.rows[-1][-2:] == ("", "left: its skip is a slice")
+    assert sites.rows[-1][-4:] == ("", "", "", "left: its skip is a slice")
     assert sites.rows[0] == (
         "h.0.add0",
         "identity",
         "dropout",
         "model.py:12",
         "2xs0x64",
+        "0",
+        "0",
         "0",
         "found",
     )

@@ -26,6 +26,7 @@ from mhc_compile.kernels.triton.emit_pre import (
     block_of_channels,
     block_of_tokens,
     group,
+    keeps_mappings,
     load_previous,
     logits,
     next_stream,
@@ -83,6 +84,8 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
             yield from load_previous(n)
         for i in range(n):
             if seam:
+                if not keeps_mappings(spec):
+                    yield from load_row(spec, i, "t", COLUMN)
                 yield from next_stream(spec, i, store=False)
             else:
                 yield f"v{i} = read({stream('X + row', i)}, live)"
@@ -90,7 +93,7 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
-        if seam:
+        if seam and keeps_mappings(spec):
             yield from load_mappings(spec, "t", COLUMN)
         yield from (f"d{i} = tl.zeros([BT, BC], tl.float32)" for i in range(n))
         yield from loop("for start in range(0, C, BC)", step())

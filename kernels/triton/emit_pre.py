@@ -13,6 +13,7 @@ from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit_post import (
     carried,
     load_mappings,
+    load_row,
     load_streams,
     stream,
 )
@@ -48,6 +49,11 @@ def load_previous(n: int) -> Iterator[str]:
     """``x`` tiles and ``f``, from which the next state is made."""
     yield from load_streams(n, "X + row", "x")
     yield "f = read(F + t[:, None] * C + c[None, :], live)"
+
+
+def keeps_mappings(spec: SiteSpec) -> bool:
+    """Whether the mappings fit registers for a whole pass; else each step reads them again."""
+    return spec.streams <= 4
 
 
 def next_stream(spec: SiteSpec, i: int, store: bool) -> Iterator[str]:
@@ -158,6 +164,8 @@ def _first_step(spec: SiteSpec, maps: Maps, seam: bool) -> Iterator[str]:
     for j in range(maps.streams):
         s = j % maps.norms
         if seam:
+            if not keeps_mappings(spec):
+                yield from load_row(spec, j, "t", COLUMN)
             yield from next_stream(spec, j, store=True)
         else:
             yield f"v{j} = read({stream('X + row', j)}, live)"
@@ -204,7 +212,7 @@ def _whole(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
-        if seam:
+        if seam and keeps_mappings(spec):
             yield from load_mappings(spec, "t", COLUMN)
         yield from _start_sums(maps)
         yield from loop("for start in range(0, C, BC)", _first_step(spec, maps, seam))
@@ -235,7 +243,7 @@ def _scan(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
     def body() -> Iterator[str]:
         yield from block_of_tokens()
         yield "part = tl.program_id(1)"
-        if seam:
+        if seam and keeps_mappings(spec):
             yield from load_mappings(spec, "t", COLUMN)
         yield from _start_sums(maps)
         head = "for start in range(part * SLICE, (part + 1) * SLICE, BC)"

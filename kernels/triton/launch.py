@@ -12,24 +12,10 @@ import torch
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton import launch_static
+from mhc_compile.kernels.triton import launch_matrix, launch_static
 from mhc_compile.kernels.triton.emit_backward import product_count
-from mhc_compile.kernels.triton.launch_matrix import sinkhorn, sinkhorn_backward
 from mhc_compile.kernels.triton.maps import head_maps, site_maps
 from mhc_compile.kernels.triton.site import Site, floats
-
-__all__ = [
-    "collapse",
-    "collapse_backward",
-    "post",
-    "post_backward",
-    "pre",
-    "pre_backward",
-    "seam",
-    "seam_backward",
-    "sinkhorn",
-    "sinkhorn_backward",
-]
 
 
 def pre(
@@ -240,3 +226,13 @@ def expand(x: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
     out = x.new_empty((*x.shape[:-1], spec.streams, site.channels))
     site.run("expand", x, out)
     return out
+
+
+def sinkhorn(logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::sinkhorn``."""
+    return launch_matrix.make_matrix(logits, spec)
+
+
+def sinkhorn_backward(grad: torch.Tensor, logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::sinkhorn_backward``."""
+    return launch_matrix.make_matrix_backward(grad, logits, spec)

@@ -146,8 +146,8 @@ class Site:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make ``device`` the current one, where kernels are started; the CPU interprets them."""
-    if device.type == "cpu":
+    """Where kernels have to be launched: a context with the tensors' device as the current one."""
+    if device.type == "cpu":  # interpreted
         return contextlib.nullcontext()
     return torch.accelerator.device_index(device.index)
 

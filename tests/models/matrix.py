@@ -38,6 +38,7 @@ class Row:
     left: list[str] = field(default_factory=list)
     """Reasons of sites that were left as they are."""
     eval_error: float | None = None
+    eval_dtype: str = ""
     dtype: str = ""
     """Of the comparison in train mode."""
     train_error: float | None = None
@@ -72,7 +73,8 @@ def _fill(row: Row, trial: Trial) -> None:
     row.trunks = len(report.trunks)
     row.parameters = sum(site.parameters for site in report.converted)
     row.left = sorted({site.reason for site in report.left})
-    row.eval_error, row.refusal, row.losses = trial.eval_error, trial.refusal, trial.losses
+    row.eval_error, row.eval_dtype = trial.eval_error, trial.eval_dtype
+    row.refusal, row.losses = trial.refusal, trial.losses
     if trial.train_report is not None:
         row.in_train_mode = len(trial.train_report.converted)
     if trial.comparison is not None:
@@ -124,8 +126,9 @@ def table(rows: list[Row]) -> str:
         "Output error: largest difference of any output to the plain model in eval mode, over the "
         "largest value of that output (float32). Train and gradient error: the same of outputs and "
         "batch statistics in train mode, and of the gradients of the old parameters; `64` marks "
-        "models that amplify float32 rounding beyond the bounds (batch statistics of few values) "
-        f"and were compared in float64. Loss: before and after {STEPS} steps of AdamW.",
+        "models that amplify float32 rounding beyond the bounds (batch statistics of few values, "
+        "many layers of small random weights) and were compared in float64. Loss: before and after "
+        f"{STEPS} steps of AdamW.",
         "",
         "| model | found / true | rewritten | trunks | output error | train error "
         "| gradient error | loss | remark |",
@@ -138,13 +141,14 @@ def table(rows: list[Row]) -> str:
 
 def _line(row: Row) -> str:
     mark = " `64`" if row.dtype == "float64" else ""
+    eval_mark = " `64`" if row.eval_dtype == "float64" else ""
     loss = f"{row.losses[0]:.4g} → {row.losses[-1]:.4g}" if row.losses else ""
     cells = [
         f"{row.name} ({row.library})",
         f"{'-' if row.sites is None else row.sites} / {row.true_sites}",
         str(row.rewritten),
         str(row.trunks),
-        _error(row.eval_error),
+        _error(row.eval_error) + eval_mark,
         _error(row.train_error) + mark,
         _error(row.gradient_error) + mark,
         loss,

@@ -21,13 +21,16 @@ def models(names: Iterator[str]) -> list[object]:
     return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in names]
 
 
-def check(name: str, found: list[Residuals]) -> None:
+def check(name: str, found: list[Residuals], *, whole: bool = False) -> None:
+    """Hold what was found against the truth; ``whole`` graphs are not cut by graph breaks."""
     truth = TRUTH[name]
     trunks = [len(trunk) for part in found for trunk in part.trunks]
-    # A graph that several layers share shows its sites once.
-    hidden = truth.get("missed", 0) + truth.get("shared", 0)
+    # A graph break cuts sites; a graph that several layers share shows its sites once.
+    keys = ("missed",) if whole else ("missed", "cut", "shared")
+    hidden = sum(truth.get(key, 0) for key in keys)
+    expected = truth.get("found_trunks", truth["trunks"])
     assert sum(len(part.sites) for part in found) == truth["sites"] - hidden
-    assert trunks == truth.get("found_trunks", truth["trunks"])
+    assert trunks == (expected if whole else truth.get("graph_trunks", expected))
     for part in found:
         assert all(entry.reason for entry in part.rejected)
 
@@ -37,8 +40,11 @@ def test_every_model_has_its_truth():
 
 
 def test_hardly_any_true_site_is_missed():
+    sites = sum(truth["sites"] for truth in TRUTH.values())
     missed = sum(truth.get("missed", 0) for truth in TRUTH.values())
-    assert missed / sum(truth["sites"] for truth in TRUTH.values()) < 0.01
+    cut = sum(truth.get("cut", 0) for truth in TRUTH.values())
+    assert missed / sites < 0.01
+    assert (missed + cut) / sites < 0.02
 
 
 @pytest.mark.parametrize("name", models(TRUTH))
@@ -56,8 +62,15 @@ def test_sites_and_trunks_of_the_exported_graph_are_the_true_ones(name):
     model, inputs = build(name)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model, (), inputs, strict=False)
-    check(name, [find_residuals(program.module().graph)])
+        try:
+            program = torch.export.export(model, (), inputs, strict=False)
+        except Exception as error:
+            # Of truth.json: what torch says of a model whose control flow depends on its data.
+            expected = TRUTH[name].get("no_export", "")
+            if not expected or expected not in str(error):
+                raise
+            pytest.skip(f"torch.export: {expected}")
+    check(name, [find_residuals(program.module().graph)], whole=True)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "gemma3n"])

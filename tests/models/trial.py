@@ -20,8 +20,8 @@ from mhc_compile.checks import disable_dropout, float_outputs
 from tests.models.zoo import Inputs, build
 
 STEPS = 5
-RATE = 1e-4
-"""Of AdamW: at 1e-3 some convolutional networks diverge from random weights, converted or not."""
+RATE = 1e-5
+"""Of AdamW: from random weights some networks jump about at 3e-5 already, converted or not."""
 OUTPUT_BOUND = 5e-6
 GRADIENT_BOUND = 1e-5
 _ZERO = 1e-5
@@ -65,6 +65,8 @@ class Trial:
     """Keys that a plain state_dict lacks, other than ours."""
     unexpected: list[str] = field(default_factory=list)
     eval_error: float | None = None
+    eval_dtype: str = "float32"
+    """In float64 for a model that amplifies rounding beyond the bound."""
     train_report: mhc_compile.Report | None = None
     """Of the conversion in train mode, where that of eval mode was refused there."""
     refusal: str = ""
@@ -81,7 +83,7 @@ def convert(name: str, *, train: bool = False, double: bool = False) -> Trial:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about their own use of torch
         report = mhc_compile.convert_(model, **inputs)
-    call = torch.compile(model, backend="mhc", options={"inner": "aot_eager"})
+    call = torch.compile(model, backend="mhc", options={"inner": "eager"})
     return Trial(model, call, inputs, report)
 
 
@@ -100,6 +102,8 @@ def run_trial(name: str, tell: Callable[[Trial], None] = lambda trial: None) -> 
     trial.unexpected = list(keys.unexpected_keys)
     expected, actual = evaluate(plain, inputs), evaluate(trial.call, trial.inputs)
     trial.eval_error, _ = _relative_error(expected, actual)
+    if trial.eval_error > OUTPUT_BOUND:
+        trial.eval_error, trial.eval_dtype = _eval_error_in_double(name), "float64"
     try:
         trial.comparison = _compare(name, trial)
     except mhc_compile.UnsupportedGraphError as error:
@@ -136,14 +140,22 @@ def evaluate(call: Call, inputs: Inputs) -> Tensors:
 
 
 def train(call: Call, inputs: Inputs, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Fit random targets; the loss before each step and after the last."""
-    losses = []
+    """Fit random targets; the loss before each step and after the last.
+
+    Targets are as large as the outputs were before the first step: none outweighs the others.
+    """
+    losses: list[float] = []
+    sizes: list[float] = []
     for step in range(steps + 1):
         torch.manual_seed(0)
         outputs = [out for out in float_outputs(call(**inputs)).values() if out.requires_grad]
+        sizes = sizes or [out.double().square().mean().sqrt().item() or 1.0 for out in outputs]
         torch.manual_seed(1)
-        errors = [(out.double() - torch.randn(out.shape)).square().mean() for out in outputs]
-        loss = torch.stack(errors).sum()
+        errors = [
+            (out.double() / size - torch.randn(out.shape)).square().mean()
+            for out, size in zip(outputs, sizes, strict=True)
+        ]
+        loss = torch.stack(errors).mean()
         losses.append(loss.item())
         if step < steps:
             optimizer.zero_grad()
@@ -159,6 +171,13 @@ def _build(name: str, *, train: bool = False, double: bool = False) -> tuple[nn.
         model.double()
         inputs = pytree.tree_map_only(torch.Tensor, _to_double, inputs)
     return model, inputs
+
+
+def _eval_error_in_double(name: str) -> float:
+    plain, inputs = _build(name, double=True)
+    converted = convert(name, double=True)
+    expected, actual = evaluate(plain, inputs), evaluate(converted.call, converted.inputs)
+    return _relative_error(expected, actual)[0]
 
 
 def _compare(name: str, trial: Trial, *, double: bool = False) -> Comparison:

@@ -196,6 +196,18 @@ def _nested_at_the_origin(s: Step, x: Tensor) -> Tensor:
     return x + s.h(x + s.f(x))
 
 
+def _around_a_trunk(s: Step, x: Tensor) -> Tensor:
+    y = x + s.f(x)
+    y = y + s.g(y)
+    return x + s.h(y)
+
+
+def _around_two_trunks(s: Step, x: Tensor) -> Tensor:
+    y = x + s.f(x)
+    y = x + s.linear(y + s.g(y))
+    return x + s.h(y)
+
+
 def _fork(s: Step, x: Tensor) -> Tensor:
     return (x + s.f(x)) * torch.sigmoid(x + s.g(x))
 
@@ -216,7 +228,7 @@ _on_trunk(
     _branches_first, _three_branches, _post_norm, _post_rms_norm, _relu, _scaled_skip,
     _learned_skip, _cast_skip, _divided, _dropped, _masked, _gated, _unbranched, _checkpointed,
     _per_channel, _per_token, _flat, _channels_second, _projected, _nested, _nested_at_the_origin,
-    _fork, _skip_is_a_trunk, _half_of_the_channels,
+    _around_a_trunk, _around_two_trunks, _fork, _skip_is_a_trunk, _half_of_the_channels,
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from mhc_compile.kernels.init import initial_parameters
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.canonicalize import canonicalize_pass
 from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.origins import part_origins
 from mhc_compile.passes.plan import Plan, plan_trunks
 from mhc_compile.passes.residuals import find_residuals
 from mhc_compile.passes.widen import SiteInputs, Widening, widen_trunks_pass
@@ -81,8 +82,11 @@ def exported(module: nn.Module, *args: Any) -> Traced:
 def planned(t: Traced, refused: Mapping[int, str] | None = None) -> Plan:
     """What would be rewritten, after canonicalization."""
     canonicalize_pass(t.gm, ())
+    found = find_residuals(t.gm.graph)
+    while part_origins(t.gm.graph, found):
+        found = find_residuals(t.gm.graph)
     t.gm.graph.lint()
-    return plan_trunks(t.gm.graph, find_residuals(t.gm.graph), refused or {})
+    return plan_trunks(t.gm.graph, found, refused or {})
 
 
 def widen(

@@ -244,6 +244,7 @@ def test_batch_norm_is_refused():
 
 REDUCTIONS = {
     "mean": lambda b, x, axis: b.method("mean", x, axis, keepdim=True),
+    "mean as in numpy": lambda b, x, axis: b.method("mean", x, axis=axis, keepdim=True),
     "mean by keyword": lambda b, x, axis: b.call(torch.mean, x, dim=axis, keepdim=True),
     "all keywords": lambda b, x, axis: b.call(torch.mean, input=x, dim=(axis,), keepdim=True),
     "positional": lambda b, x, axis: b.method("sum", x, (axis,), True),
@@ -429,3 +430,34 @@ def test_new_nodes_keep_line_and_recompute_tags():
     new = [node for node in graph.nodes if node not in old]
     assert len(new) == 5
     assert all(node.meta == {"stack_trace": "here", "recompute": "always"} for node in new)
+
+
+# ------------------------------------------------------------------------------------- slices
+
+SLICES = {
+    "getitem": lambda b, x: b.call(operator.getitem, x, slice(1, None)),
+    "getitem of everything": lambda b, x: b.call(
+        operator.getitem, x, (slice(None), slice(None, 9), slice(None, 9))
+    ),
+    "getitem from the end": lambda b, x: b.call(
+        operator.getitem, x, (slice(0, 1), Ellipsis, slice(None))
+    ),
+    "aten slice": lambda b, x: b.call(aten.slice.Tensor, x, 0, 1, 2),
+    "aten slice of everything": lambda b, x: b.call(aten.slice.Tensor, x, 2, 0, 99),
+    "aten slice without bounds": lambda b, x: b.call(aten.slice.Tensor, x),
+}
+
+
+@pytest.mark.parametrize("layout", [TOKENS, SEQUENCE, IMAGE])
+@pytest.mark.parametrize("build", SLICES.values(), ids=SLICES)
+def test_slices_of_other_axes_than_the_channels_act_on_each_stream(build, layout):
+    _, dim = assert_lane(layout, build)
+    assert dim == layout[1]
+
+
+def test_parts_of_the_channels_are_refused():
+    part = (Ellipsis, slice(2, 4))
+    reason = refusal(TOKENS, lambda b, x: b.call(operator.getitem, x, part))
+    assert reason == "it takes a part of the channels"
+    reason = refusal(TOKENS, lambda b, x: b.call(aten.slice.Tensor, x, -1, 0, 3))
+    assert reason == "slice takes a part of the channels"

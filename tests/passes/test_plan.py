@@ -66,8 +66,9 @@ def test_a_sum_into_a_tensor_of_the_caller_is_refused():
 
 
 def test_a_site_inside_a_branch_that_starts_at_the_same_value_is_refused():
-    plan = plan_of(lambda m, x: (x + m.h(x + m.f(x)),))
-    assert len(plan.sites) == 1
+    t = traced(Net(lambda m, x: (x + m.h(m.g(y := x + m.f(x)) + y),)), torch.randn(SHAPE))
+    plan = plan_trunks(t.gm.graph, find_residuals(t.gm.graph), {})  # origins not parted
+    assert len(plan.sites) == 2
     (reason,) = plan.left.values()
     assert reason.startswith("it lies in the branch of the site ")
     assert reason.endswith("and starts from the same value")

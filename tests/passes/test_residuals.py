@@ -205,6 +205,29 @@ def test_projection_skip_is_found_at_the_value_both_sides_read():
     assert len(site.skip_path) == 2
 
 
+@pytest.mark.parametrize("maximum", ["amax", "max"])
+def test_pooling_written_as_view_and_maximum_is_a_projection(maximum):
+    b = Builder()
+    x = b.input(2, 8, 4)
+
+    def pool(y):
+        largest = b.method(maximum, b.method("view", y, 2, 2, 4, -1), 1)
+        return largest if maximum == "amax" else b.call(operator.getitem, largest, 0)
+
+    f = b.linear(b.call(torch.softmax, pool(b.linear(x)), -1))
+    site = only_site(b.output(b.call(operator.add, pool(b.linear(x)), f)))
+    assert (site.form, site.origin) == ("projection", x)
+
+
+def test_maximum_of_the_tokens_is_no_pooling():
+    b = Builder()
+    x = b.input(2, 8, 4)
+    f = b.linear(b.call(torch.softmax, b.linear(x), -1))
+    largest = b.method("amax", b.linear(x), 1, keepdim=True)
+    b.call(operator.add, b.method("amax", f, 1, keepdim=True), largest)
+    assert find_residuals(b.output(list(b.graph.nodes)[-1])).sites == ()
+
+
 def test_norm_written_as_mul_and_add_on_a_projection_is_walked():
     b = Builder()
     x = b.input(2, 4, 8, 8)
@@ -457,3 +480,12 @@ def test_finding_changes_nothing():
     assert all(
         node.meta.keys() == meta.keys() for node, meta in zip(graph.nodes, metas, strict=True)
     )
+
+
+def test_one_half_of_a_split_is_no_copy_of_the_other():
+    b = Builder()
+    halves = b.call(torch.chunk, b.input(2, 4, 6), 2, -1)
+    left, right = (b.call(operator.getitem, halves, i) for i in range(2))
+    found = find_residuals(b.output(b.call(operator.add, left, b.linear(right))))
+    assert not found.sites
+    assert [entry.clause for entry in found.rejected] == ["origin"]

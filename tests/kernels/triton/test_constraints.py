@@ -5,6 +5,7 @@ import torch
 
 from mhc_compile.kernels.constraints import CONSTRAINTS, constraint_of
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton import launch
 from mhc_compile.kernels.triton.emit_matrix import TILE, matrix_source
 from mhc_compile.kernels.triton.load import load
 
@@ -108,3 +109,16 @@ def test_half_precision_logits_are_computed_in_float32_and_rounded_once() -> Non
     for found, exact in zip(_run(spec, *inputs), _exact(spec, *inputs), strict=True):
         assert found.dtype == torch.bfloat16
         assert _error(found, exact) <= 1.01 * _error(exact.bfloat16(), exact)
+
+
+def test_the_op_of_any_shape_and_strides_follows_float64() -> None:
+    spec = SiteSpec(streams=3, iters=4)
+    logits, grad = torch.randn(2, 4, 5, 3, 6)[..., ::2].transpose(1, 2).unbind(0)
+    wide = logits.double().requires_grad_()
+    exact = torch.ops.mhc.sinkhorn(wide, f"{spec.encode()} kernels=reference")
+    (exact_back,) = torch.autograd.grad(exact, wide, grad.double())
+    matrix = launch.sinkhorn(logits, spec)
+    assert matrix.shape == (5, 4, 3, 3)
+    assert _error(matrix, exact.detach()) < 1e-6
+    assert _error(launch.sinkhorn_backward(grad, logits, spec), exact_back) < 1e-6
+    assert launch.sinkhorn(torch.empty(0, 3, 3), spec).shape == (0, 3, 3)

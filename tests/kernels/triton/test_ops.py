@@ -30,8 +30,8 @@ SITES = [
     ("permutations", 3), ("kronecker", 4), ("orthogonal", 3),
 ]  # fmt: skip
 MANY_STREAMS = [("sinkhorn", 6), ("sinkhorn", 8), ("none", 8), ("kronecker", 8), ("sinkhorn", 1)]
-SHAPES = [(1, 16), (3, 129), (17, 200), (37, 48), (70, 64)]
-LONG_SHAPES = [(5, 512), (9, 1280), (3, 2560)]
+SHAPES = [(1, 16), (3, 129), (5, 200), (37, 48), (70, 64)]
+LONG_SHAPES = [(17, 512), (9, 1280), (3, 2560)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize(("name", "n"), SITES)
 def test_a_seam_of_every_constraint_follows_float64(name: str, n: int) -> None:
-    seam = make_seam(make_spec(name, n), 19, 48)
+    seam = make_seam(make_spec(name, n), 9, 48)
     check(run_seam(seam), exact_seam(seam))
 
 
@@ -60,7 +60,7 @@ def test_a_seam_of_every_constraint_follows_float64(name: str, n: int) -> None:
 def test_one_launch_gives_the_same_as_scan_and_mix(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seam = make_seam(make_spec(name, 4), 19, 200)
+    seam = make_seam(make_spec(name, 2), 19, 264)
     apart = seam_outputs(seam)
     monkeypatch.setattr(site, "one_launch", lambda *_: True)
     for one, other in zip(seam_outputs(seam), apart, strict=True):
@@ -77,7 +77,7 @@ def test_a_seam_of_twenty_iterations_follows_float64(name: str, n: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "channels"), SHAPES)
 def test_every_shape_follows_float64_and_is_written_whole(tokens: int, channels: int) -> None:
-    seam = make_seam(make_spec("sinkhorn", 4, iters=1), tokens, channels)
+    seam = make_seam(make_spec("kronecker", 2), tokens, channels)
     check(run_seam(seam), exact_seam(seam))
 
 
@@ -95,7 +95,7 @@ def test_post_and_pre_apart_follow_float64(name: str) -> None:
     check(run_halves(seam), exact_seam(seam))
 
 
-@pytest.mark.parametrize(("name", "n"), [("sinkhorn", 4), ("none", 2), ("identity", 3)])
+@pytest.mark.parametrize(("name", "n"), [("sinkhorn", 3), ("none", 2), ("identity", 2)])
 def test_static_sites_follow_float64(name: str, n: int) -> None:
     seam = make_seam(make_spec(name, n, dynamic=False), 9, 48)
     exact = exact_seam(seam)
@@ -152,8 +152,16 @@ def _from_state(seam: Seam, X: torch.Tensor) -> Seam:
     return Seam(seam.spec, X, f, h_post, h_res, seam.phi, seam.bias, seam.alpha, seam.grads)
 
 
-@pytest.mark.parametrize("logits", [8.0, 30.0])
-@pytest.mark.parametrize("name", ["sinkhorn", "sinkhorn_softmax"])
+@pytest.mark.parametrize(
+    ("name", "logits"),
+    [
+        ("sinkhorn", 30.0),
+        ("sinkhorn_softmax", 8.0),
+        pytest.param("sinkhorn", 4.0, marks=pytest.mark.slow),
+        pytest.param("sinkhorn", 8.0, marks=pytest.mark.slow),
+        pytest.param("sinkhorn_softmax", 30.0, marks=pytest.mark.slow),
+    ],
+)
 def test_large_logits_are_as_exact_as_in_the_reference(name: str, logits: float) -> None:
     seam = make_seam(make_spec(name, 4, iters=20), 8, 48, logits=logits)
     exact = exact_seam(seam)
@@ -162,9 +170,9 @@ def test_large_logits_are_as_exact_as_in_the_reference(name: str, logits: float)
     assert all(ours[x] <= max(TOLERANCE, 2 * plain[x]) for x in exact), (ours, plain)
 
 
-@pytest.mark.parametrize("fill", [0.0, 3.0, 1e15])
+@pytest.mark.parametrize("fill", [0.0, 1e15])
 def test_equal_states_of_any_size_are_finite(fill: float) -> None:
-    seam = make_seam(make_spec("sinkhorn", 4), 3, 48)
+    seam = make_seam(make_spec("sinkhorn", 4), 2, 16)
     seam.X.fill_(fill)
     seam.f.fill_(fill)
     found, exact = run_seam(seam), exact_seam(seam)
@@ -174,13 +182,13 @@ def test_equal_states_of_any_size_are_finite(fill: float) -> None:
 
 
 def test_two_runs_give_bitwise_the_same() -> None:
-    seam = make_seam(make_spec("none", 3), 19, 48)
+    seam = make_seam(make_spec("none", 2), 19, 24)
     first, second = run_seam(seam), run_seam(seam)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_nan_stays_visible_and_stays_with_its_token() -> None:
-    seam = make_seam(make_spec("sinkhorn", 3), 20, 48)
+    seam = make_seam(make_spec("sinkhorn", 2), 20, 24)
     clean = run_seam(seam)
     seam.X[3, 1, 5] = torch.nan
     found = run_seam(seam)
