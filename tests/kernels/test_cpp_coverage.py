@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mhc_compile.kernels.cpp.call import streams_last
 from mhc_compile.kernels.cpp.select import parts
 from mhc_compile.kernels.spec import SiteSpec
 from tests.kernels.cpp_runs import (
@@ -44,8 +45,6 @@ def test_channels_on_another_axis_agree_with_float64(dynamic: bool) -> None:
 
 
 def test_a_state_whose_channels_are_innermost_in_memory_is_not_copied() -> None:
-    from mhc_compile.kernels.cpp.call import streams_last
-
     X = torch.randn(2, 3, 5, 4, 50).permute(0, 3, 4, 1, 2)  # [B, n, C, H, W]
     rows = streams_last(X, SiteSpec(streams=4, dim=-3))
     assert rows.shape == (2, 3, 5, 4, 50)

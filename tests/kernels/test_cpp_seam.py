@@ -117,4 +117,10 @@ def test_a_nan_stays_with_its_token() -> None:
 def test_every_shape_of_the_grid_agrees_with_float64(tokens: int, channels: int) -> None:
     spec, tensors = random_site("sinkhorn", 4, (tokens, channels))
     truth = run_seam(spec, tensors, torch.float64, "reference")
-    check(run_seam(spec, tensors, torch.float32, "cpp"), truth)
+    ours = run_seam(spec, tensors, torch.float32, "cpp")
+    # Each of the three is one sum over all tokens, of terms as large as those of the bias; where
+    # they happen to cancel, an error relative to what is left of them says nothing.
+    scale = max(truth["dalpha"].norm(), truth["dbias"].norm())
+    alpha_error = (ours.pop("dalpha") - truth.pop("dalpha")).norm() / scale
+    assert alpha_error <= TOLERANCE
+    check(ours, truth)
