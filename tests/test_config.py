@@ -16,7 +16,7 @@ from mhc_compile.kernels.spec import SiteSpec
         ("streams", 17, ">= 1 and <= 16"),
         ("streams", 4.0, "integer"),
         ("streams", "4", "integer"),
-        ("constraint", "birkhoff", "sinkhorn, sinkhorn_softmax, identity, none"),
+        ("constraint", "birkhoff", "sinkhorn, sinkhorn_softmax, sinkhorn_exp, identity, none"),
         ("sinkhorn_iters", 0, ">= 1"),
         ("sinkhorn_eps", -1.0, ">= 0"),
         ("pre_eps", float("nan"), "finite"),
