@@ -16,19 +16,17 @@ from mhc_compile.tables import report_text
 
 
 class Layer(nn.Module):
-    """A convolutional layer with a gate: one add is a residual site, the other one is not."""
+    """A convolutional layer: one of its adds is a residual site, the other one is a bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(4, channels)
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
-        self.gate = nn.Conv2d(channels, channels, 1)
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Add the gated branch to ``x`` (batch, channels, height, width)."""
-        y = self.norm(x)
-        y = torch.tanh(self.mix(y)) + torch.sigmoid(self.gate(y))
-        return x + y
+        """Add the branch to ``x`` (batch, channels, height, width)."""
+        return x + torch.tanh(self.mix(self.norm(x)) + self.bias)
 
 
 def main(argv: list[str] | None = None) -> list[Path]:

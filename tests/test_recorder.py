@@ -85,6 +85,7 @@ def test_seams_are_drawn_on_the_trunk_with_what_they_read_out() -> None:
     after = recorded.stages[-1].view
     assert after is not None
     roles = [node.role for node in after.nodes]
+    assert after.nodes[0].column == after.nodes[1].column == 0
     assert roles == ["input", "expand", "pre", "box", "seam", "box", "seam", "box", "post",
                      "collapse", "output"]  # fmt: skip
     out_of_first = {(e.target, e.kind) for e in after.edges if e.source == 4}

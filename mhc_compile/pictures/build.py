@@ -178,7 +178,7 @@ class _Builder:
         return ViewNode(
             lines=lines_of(role, group.nodes, parts, site),
             role=role,
-            column=max(self.depths[node] for node in group.nodes) + (role == "pre"),
+            column=self._column(group, role),
             path=parent,
             ops=len(group.nodes),
             title=" ".join(
@@ -193,6 +193,11 @@ class _Builder:
         paths = _calls(node)
         inner = next((path for call, path in paths.items() if call not in self.shared), "")
         return short_path(inner, parent)
+
+    def _column(self, group: _Group, role: Role) -> int:
+        if role in ("input", "output"):  # a branch that reads the start of a trunk counts it in
+            return 0
+        return max(self.depths[node] for node in group.nodes) + (role == "pre")
 
     def _role(self, group: _Group) -> Role:
         first = group.nodes[0]
