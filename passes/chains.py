@@ -28,8 +28,9 @@ from mhc_compile.passes.chain_reading import read_onward, without_gradient
 from mhc_compile.passes.chain_scope import Scope, axes_of
 from mhc_compile.passes.chain_sites import Reading, match_head, match_site
 from mhc_compile.passes.chain_values import Dim
-from mhc_compile.passes.opnames import is_in_place
+from mhc_compile.passes.opnames import is_in_place, op_name
 from mhc_compile.passes.values import dims, source_line
+from mhc_compile.passes.vocabulary import MATMUL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +80,12 @@ class _Finder:
         self.modified = False
         self.aliases = AliasIndex(graph)
         self.skip = without_gradient(graph)
+        # Where a Sinkhorn iteration ends: in a product with another tensor.
+        self.beyond = self.skip | {
+            node
+            for node in graph.nodes
+            if op_name(node) in MATMUL and len(node.all_input_nodes) > 1
+        }
 
     def run(self) -> None:
         for look in (self._try_states, self._try_alone):
@@ -164,7 +171,7 @@ class _Finder:
             self._note("collapse", weighted.node, what, added)
 
     def _try_alone(self, node: Node) -> None:
-        alone = find_alone(node, self.skip)
+        alone = find_alone(node, self.beyond)
         if isinstance(alone, str):
             self._leave("sinkhorn", node, alone)
         elif alone is not None:
