@@ -74,7 +74,7 @@ class AliasIndex:
 
     def is_written(self, node: Node) -> bool:
         """Whether any in-place operation of the graph writes into the storage of ``node``."""
-        return bool(self.writes.get(self._base[node]))
+        return bool(self.writes.get(self._base.get(node, node)))
 
     def observer(self, write: Node) -> Node | None:
         """Another name under which code after ``write`` sees what it wrote; None if there is none.

@@ -57,8 +57,13 @@ class Alone:
         )
 
 
-def find_alone(node: Node) -> Alone | str | None:
-    """The iteration that starts with ``node``; a reason, if it is one that no op computes."""
+def find_alone(node: Node, skip: Collection[Node]) -> Alone | str | None:
+    """The iteration that starts with ``node``; a reason, if it is one that no op computes.
+
+    Args:
+        node: any node.
+        skip: nodes that are not read.
+    """
     logits = first_input(node)
     if op_name(node) not in _STARTS or logits is None or not is_float_tensor(logits):
         return None
@@ -68,7 +73,7 @@ def find_alone(node: Node) -> Alone | str | None:
     places = [(root, pair) for root in roots for pair in _pairs(node, root)]
     for start, (rows, columns) in places:
         scope = Scope(start, axes_of(start, (rows, columns)), None, read)
-        read_onward(scope, lambda _, __: False)
+        read_onward(scope, lambda _, __: False, skip)
         found = _longest(scope, rows, columns)
         if found is None:
             continue

@@ -27,12 +27,29 @@ def candidate_states(node: Node) -> Iterator[State]:
         sizes = dims(state)
         stream, channel = stream % len(sizes), channel % len(sizes)
         if stream != channel and is_stream_count(sizes[stream]) and is_float_tensor(state):
-            yield _origin(state, stream, channel)
+            origin = _origin(state, stream, channel)
+            if _is_read_twice(origin[0]):
+                yield origin
 
 
 def is_stream_count(size: object) -> bool:
     """Whether an axis of this size may hold streams."""
     return isinstance(size, int) and 2 <= size <= MAX_STREAMS
+
+
+def _is_read_twice(state: Node) -> bool:
+    """Whether two operations compute with a tensor: its weights come from the state they weigh.
+
+    Keys and values of attention, with as many tokens as there may be streams, are read once.
+    """
+    stack, readers = [state], 0
+    while stack:
+        for user in stack.pop().users:
+            if op_name(user) in LAYOUT | CAST or axis_order(user) is not None:
+                stack.append(user)
+            else:
+                readers += 1
+    return readers > 1
 
 
 def _direct(node: Node) -> Iterator[State]:

@@ -120,7 +120,9 @@ class Reading:
             post.append(others[0][1])
             rows.append(row)
         branch = branches.pop()
-        if branches or not branch.args[2]:
+        # Of a single token nothing tells a branch output from a parameter by its axes.
+        is_single = not any(atom.kind == "token" for dim in self.scope.axes for atom in dim)
+        if branches or not (branch.args[2] or is_single):
             return None
         return Update(node, value, branch, self.scope.adopted[branch.args[0]], tuple(post), rows)
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.annotate import annotate_values
 from mhc_compile.passes.chain_alone import find_alone, is_private
 from mhc_compile.passes.chain_candidates import candidate_states
@@ -23,12 +24,13 @@ from mhc_compile.passes.chain_coefficients import Refused, is_static
 from mhc_compile.passes.chain_emit import Rewriter, rewrite_alone
 from mhc_compile.passes.chain_expand import repeated_tensor
 from mhc_compile.passes.chain_ops import read
-from mhc_compile.passes.chain_reading import read_onward
+from mhc_compile.passes.chain_reading import read_onward, without_gradient
 from mhc_compile.passes.chain_scope import Scope, axes_of
 from mhc_compile.passes.chain_sites import Reading, match_head, match_site
 from mhc_compile.passes.chain_values import Dim
-from mhc_compile.passes.opnames import is_in_place
+from mhc_compile.passes.opnames import is_in_place, op_name
 from mhc_compile.passes.values import dims, source_line
+from mhc_compile.passes.vocabulary import MATMUL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,14 @@ class _Finder:
         self.rewriter = Rewriter(graph, kernels)
         self.tried: set[tuple[Node, int, int]] = set()
         self.modified = False
+        self.aliases = AliasIndex(graph)
+        self.skip = without_gradient(graph)
+        # Where a Sinkhorn iteration ends: in a product with another tensor.
+        self.beyond = self.skip | {
+            node
+            for node in graph.nodes
+            if op_name(node) in MATMUL and len(node.all_input_nodes) > 1
+        }
 
     def run(self) -> None:
         for look in (self._try_states, self._try_alone):
@@ -94,14 +104,19 @@ class _Finder:
         sizes = dims(root)
         streams, channels = sizes[stream], sizes[channel]
         axes = axes_of(root, (stream,), channel)
-        reading = _reading(root, axes, streams, channels)
+        reading = self._reading(root, axes, streams, channels)
         following = self._rewrite_site(reading, (stream, channel))
         if following is not None or not reading.updates:
             self._rewrite_heads(reading, is_hyper=following is not None)
         while following is not None:
-            reading = _reading(*following, streams, channels)
+            reading = self._reading(*following, streams, channels)
             following = self._rewrite_site(reading, None)
             self._rewrite_heads(reading, is_hyper=True)
+
+    def _reading(self, root: Node, axes: tuple[Dim, ...], streams: int, channels: int) -> Reading:
+        reading = Reading(Scope(root, axes, channels, read), streams)
+        read_onward(reading.scope, reading.stop, self.skip)
+        return reading
 
     def _rewrite_site(
         self, reading: Reading, entry: tuple[int, int] | None
@@ -117,6 +132,8 @@ class _Finder:
         update = reading.updates[0]
         root = reading.scope.root
         try:
+            if any(map(self.aliases.is_written, (root, update.branch.args[0]))):
+                raise Refused("its state or branch output is written in place")
             site = match_site(reading, update)
             if not is_private(reading.scope, site.iterates, (site.read.node, update.node)):
                 raise Refused("its mixing matrix is read elsewhere too")
@@ -154,7 +171,7 @@ class _Finder:
             self._note("collapse", weighted.node, what, added)
 
     def _try_alone(self, node: Node) -> None:
-        alone = find_alone(node)
+        alone = find_alone(node, self.beyond)
         if isinstance(alone, str):
             self._leave("sinkhorn", node, alone)
         elif alone is not None:
@@ -169,12 +186,6 @@ class _Finder:
 
     def _leave(self, kind: str, node: Node, reason: str) -> None:
         self.found.append(Chain(kind=kind, source=source_line(node), reason=reason))
-
-
-def _reading(root: Node, axes: tuple[Dim, ...], streams: int, channels: int) -> Reading:
-    reading = Reading(Scope(root, axes, channels, read), streams)
-    read_onward(reading.scope, reading.stop)
-    return reading
 
 
 def _mode(weight: float, streams: int) -> str | None:

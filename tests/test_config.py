@@ -57,7 +57,8 @@ def test_a_sum_cannot_preserve_the_outputs() -> None:
 @pytest.mark.parametrize("constraint", list(CONSTRAINTS))
 def test_every_constraint_makes_a_specification(constraint: str) -> None:
     config = MHCConfig(constraint=constraint)
-    eps = 1e-6 if constraint == "sinkhorn_softmax" else 0.0
+    eps = CONSTRAINTS[constraint].default_eps
+    assert eps == {"sinkhorn_softmax": 1e-6, "sinkhorn_exp": 1e-8}.get(constraint, 0.0)
     expected = SiteSpec(
         streams=4, constraint=constraint, sinkhorn_eps=eps, pre_eps=eps, norm_eps=1e-6, dim=-3
     )

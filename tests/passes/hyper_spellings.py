@@ -394,10 +394,7 @@ class NotNormed(Site):
         return F.linear(x.flatten(-2), self.fn)
 
 
-class AddsTheMean(Site):
-    """The branch output is not the same for every stream."""
-
-    def write(
-        self, x: torch.Tensor, f: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor
-    ) -> torch.Tensor:
-        return super().write(x, f, h_post, h_res) + x.mean(-3, keepdim=True)
+class MatrixWithoutGradient(Site):
+    def mixing(self, h: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return super().mixing(h)

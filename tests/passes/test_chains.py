@@ -37,6 +37,7 @@ def test_every_spelling_becomes_one_pre_and_one_post(spelling: type[Site]) -> No
         (near.IterateUsedTwice, "mixing matrix is read elsewhere"),
         (near.WrongAxis, None),
         (near.OddEps, "eps in places"),
+        (near.MatrixWithoutGradient, None),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
@@ -86,7 +87,7 @@ def test_any_number_of_streams_and_iterations_is_recognised(n: int) -> None:
     assert SiteSpec.decode(found.chains[0].what).iters == n
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 2)])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 2), (1, 1)])
 def test_any_number_of_batch_axes_is_recognised(shape: tuple[int, ...]) -> None:
     x = torch.randn(*shape, N, C, dtype=torch.float64)
     assert assert_same(DeepSeek().double(), x, tolerance=1e-9).kinds == ["site"]
