@@ -95,17 +95,10 @@ def model_subject(options: argparse.Namespace) -> tuple[nn.Module, Step]:
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     config = DeepseekV4Config(
-<<<<<<< HEAD
-        vocab_size=256, hidden_size=256, moe_intermediate_size=128,
-        num_hidden_layers=options.layers, num_attention_heads=4,
-        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-        max_position_embeddings=512, hc_mult=4, hc_sinkhorn_iters=options.iters,
-=======
         vocab_size=256, hidden_size=256, moe_intermediate_size=128, num_attention_heads=4,
         num_hidden_layers=options.layers, n_routed_experts=4, n_shared_experts=1,
         num_experts_per_tok=2, max_position_embeddings=512, hc_mult=4,
         hc_sinkhorn_iters=options.iters,
->>>>>>> chains
     )  # fmt: skip
     model = DeepseekV4ForCausalLM(config)
     ids = torch.randint(0, 256, (1, 256))
