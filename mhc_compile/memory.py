@@ -30,7 +30,7 @@ class TrunkMemory:
     """Positions that have a state each; a dynamic size counts as 1."""
     width: int
     block: int
-    """Sites per block, L_r; 0 if nothing is recomputed."""
+    """Sites per block, L_r; 0 if nothing is recomputed, as in a trunk of one site."""
     blocks: int
     states: int
     """Kept states: one n C where a block starts, C for the first, which starts from the entry."""
@@ -99,7 +99,7 @@ def _trunk(trunk: Trunk, site: Site, config: dict[str, Any]) -> TrunkMemory:
     mixing = constraint_named(config["constraint"]).logits(n)
     mapping = 2 * (2 * n + mixing) * tokens * _COEFFICIENT
     block = 0
-    if recompute != "off":
+    if recompute != "off" and count > 1:
         block = block_length(count, n) if recompute == "auto" else min(recompute, count)
     blocks = -(-count // block) if block else 0
     everything = count * ((n + 1) * row + mapping)

@@ -66,7 +66,10 @@ def tag_recompute_pass(
 
 
 def _runs(gm: GraphModule, trunk_of: Mapping[Node, int]) -> Iterator[list[Node]]:
-    """The pre of every site, by trunk; cut where sites are in regions of the user."""
+    """The pre of every site, by trunk; cut where sites are in regions of the user.
+
+    A site alone is no run: its only state is that of its entry.
+    """
     trunks: dict[int, list[list[Node]]] = {}
     for pre in gm.graph.find_nodes(op="call_function", target=PRE):
         runs = trunks.setdefault(trunk_of[pre.args[0]], [[]])
@@ -75,7 +78,7 @@ def _runs(gm: GraphModule, trunk_of: Mapping[Node, int]) -> Iterator[list[Node]]
         else:
             runs[-1].append(pre)
     for runs in trunks.values():
-        yield from (run for run in runs if run)
+        yield from (run for run in runs if len(run) > 1)
 
 
 def _spread(gm: GraphModule, trunk_of: Mapping[Node, int], block_of: dict[Node, _Block]) -> None:

@@ -141,6 +141,11 @@ def test_nothing_is_computed_differently_with_symbolic_sizes() -> None:
     assert_same(t.run(), outputs, 0.0)
 
 
+def test_a_site_alone_has_no_state_to_drop() -> None:
+    t = widened(Stack(1))
+    assert not tag(t)
+
+
 def test_a_graph_without_streams_is_left_alone() -> None:
     t = traced(Stack(2), torch.randn(SHAPE))
     assert not tag(t)
