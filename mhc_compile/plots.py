@@ -12,7 +12,7 @@ _MAPS = 16
 _COLUMNS = 4
 _INK, _FORWARD, _BACKWARD, _SPREAD = "#0f172a", "#d97706", "#2563eb", "#16a34a"
 # Without these, an SVG holds a date and random identifiers.
-_RC = {"svg.hashsalt": "mhc", "svg.fonttype": "none"}
+_RC: dict[Any, Any] = {"svg.hashsalt": "mhc", "svg.fonttype": "none"}
 
 
 def plot_stability(report: StabilityReport, directory: Path) -> list[Path]:
