@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch.fx import GraphModule, Node
 
 from mhc_compile._torch_private import (
@@ -118,6 +119,8 @@ def compile_frame(
 
 def _recompute(config: MHCConfig) -> int | Literal["auto", "off"]:
     """The setting in force: a memory budget given to torch leaves the choice to its solver."""
+    if not torch.is_grad_enabled():  # nothing is kept, and blocks would only keep seams apart
+        return "off"
     has_budget = memory_budget() != 1.0
     return "off" if config.recompute == "auto" and has_budget else config.recompute
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mhc_compile
+from mhc_compile import backend
+from mhc_compile.pipeline import improving_passes
 from tests.nets import WIDTH, Net, converted, distance, example, run
 
 BLOCKS, STREAMS = 6, 4  # 12 sites
@@ -91,6 +93,23 @@ def test_a_budget_given_to_torch_leaves_the_choice_to_torch(model: nn.Module) ->
         automatic, off = (states_kept(model, setting, example()) for setting in ("auto", "off"))
     assert automatic == off
     assert states_kept(model, "auto", example()) != automatic
+
+
+def test_inference_has_no_blocks_that_keep_seams_apart(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = []
+
+    def watched(*args: Any, recompute: Any) -> list[Any]:
+        settings.append(recompute)
+        return improving_passes(*args, recompute=recompute)
+
+    monkeypatch.setattr(backend, "improving_passes", watched)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        torch._dynamo.reset()
+        with mode():
+            torch.compile(model, backend="mhc", options={"inner": "eager"})(example())
+    assert settings == ["off", "off", "auto"]
 
 
 def test_other_settings_are_refused() -> None:
