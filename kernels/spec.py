@@ -40,7 +40,7 @@ class SiteSpec:
     constraint: str = "sinkhorn"
     """Name of the manifold of H_res, see `mhc_compile.kernels.constraints`."""
     iters: int = 20
-    """Column-then-row normalisations of the two Sinkhorn constraints."""
+    """Column-then-row normalisations of the Sinkhorn constraints."""
     sinkhorn_eps: float = 0.0
     """Added to Sinkhorn divisors."""
     eps_at: str = "divisor"

@@ -30,8 +30,6 @@ class Constraint(ABC):
     mixes: ClassVar[bool] = True
     """False: H_res is the identity for every token, and ops need not apply it."""
 
-    generated: ClassVar[bool] = True
-    """Whether `cpp` has lines for it; otherwise plain torch computes it."""
     doubly_stochastic: ClassVar[bool] = True
     """No entry of H_res is negative, and rows and columns sum to 1 (columns of the Sinkhorn
     constraints only in the limit)."""

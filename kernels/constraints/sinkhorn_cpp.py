@@ -93,7 +93,7 @@ def _undo(line: Indices, n: int) -> Lines:
 
     def undo(i: str) -> Lines:
         yield f"const vec inverse{i} = 1.0f / divisors[{i}];"
-        yield f"const vec dot{i} = {_dot(line(i, n), 'm')};"
+        yield f"const vec dot{i} = {dot(line(i, n), 'm')};"
         yield from (f"g[{k}] = (g[{k}] - dot{i}) * inverse{i};" for k in line(i, n))
         yield " ".join(f"m[{k}] *= divisors[{i}];" for k in line(i, n))
 
@@ -114,7 +114,7 @@ def _backward(spec: SiteSpec) -> Lines:
     exact = spec.sinkhorn_eps == 0.0
 
     def first_rows(i: str) -> Lines:
-        yield f"const vec dot{i} = {_dot(row(i, n), 'm')};"
+        yield f"const vec dot{i} = {dot(row(i, n), 'm')};"
         for k in row(i, n):
             if exact:
                 yield f"g[{k}] = m[{k}] * (g[{k}] - dot{i});"
@@ -123,7 +123,7 @@ def _backward(spec: SiteSpec) -> Lines:
 
     def first_columns(j: str) -> Lines:
         line = column(j, n)
-        yield f"const vec sum{j} = {total(items('g', line)) if exact else _dot(line, 'start')};"
+        yield f"const vec sum{j} = {total(items('g', line)) if exact else dot(line, 'start')};"
         for k in line:
             if exact:
                 yield f"dh[{k}] = g[{k}] - start[{k}] * sum{j};"
@@ -142,5 +142,6 @@ def _backward(spec: SiteSpec) -> Lines:
     yield from each(n, "j", first_columns)
 
 
-def _dot(line: list[str], other: str) -> str:
+def dot(line: list[str], other: str) -> str:
+    """The sum of ``g`` times ``other`` over the entries of a line."""
     return total(f"g[{k}] * {other}[{k}]" for k in line)

@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import torch
 
-from mhc_compile.errors import KernelError
 from mhc_compile.kernels.constraints.sinkhorn import (
     COLUMN,
     ROW,
@@ -12,6 +11,8 @@ from mhc_compile.kernels.constraints.sinkhorn import (
     tokens_first,
     tokens_last,
 )
+from mhc_compile.kernels.constraints.sinkhorn_exp_cpp import sinkhorn_exp_cpp
+from mhc_compile.kernels.constraints.sinkhorn_exp_triton import sinkhorn_exp_triton
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -24,7 +25,6 @@ class SinkhornExp(Sinkhorn):
 
     name: ClassVar[str] = "sinkhorn_exp"
     default_eps: ClassVar[float] = 1e-8
-    generated: ClassVar[bool] = False
 
     def matrix(self, logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
         """Make H_res ``[..., n, n]``; see `Constraint.matrix`."""
@@ -50,12 +50,12 @@ class SinkhornExp(Sinkhorn):
         return tokens_first(g * start).reshape(logits.shape)
 
     def cpp(self, spec: SiteSpec) -> str:
-        """Not generated; see `Constraint.cpp`."""
-        raise KernelError("constraint='sinkhorn_exp' has no generated C++; use 'sinkhorn'")
+        """The same steps; see `Constraint.cpp`."""
+        return sinkhorn_exp_cpp(spec)
 
     def triton(self, spec: SiteSpec) -> str:
-        """Not generated; see `Constraint.triton`."""
-        raise KernelError("constraint='sinkhorn_exp' has no generated Triton; use 'sinkhorn'")
+        """The same steps; see `Constraint.triton`."""
+        return sinkhorn_exp_triton(spec)
 
 
 def _step(

@@ -31,7 +31,7 @@ Lines = Iterator[str]
 Indices = list[list[int]]
 _FIRST = "A softmax over columns, the same number as exp and the column step, then the row step."
 _UNDO = "From entries of y = x / sum(x) times their gradients to those of x; and x."
-_AGAIN = "The divisors of one step after the other, made again from the matrix ``base``."
+AGAIN = "The divisors of one step after the other, made again from the matrix ``base``."
 
 
 def sinkhorn_triton(spec: SiteSpec, start_eps: bool) -> str:
@@ -51,11 +51,11 @@ def sinkhorn_triton(spec: SiteSpec, start_eps: bool) -> str:
         ),
         function("divide_rows", ["m"], "Rows over their sums, and these.", _divide(rows, eps)),
         function("first_steps", ["h"], _FIRST, _first_steps(columns, rows, eps, added)),
-        function("later_steps", ["m", "count"], "count times columns, then rows.", _later_steps()),
+        function("later_steps", ["m", "count"], "count times columns, then rows.", repeat_steps()),
         function("matrix", h, "H_res.", _matrix(h, spec.iters - 1)),
         function("undo_columns", ["a", "m", "divisors"], _UNDO, _undo(columns)),
         function("undo_rows", ["a", "m", "divisors"], _UNDO, _undo(rows)),
-        function("undo_steps", ["a", "base", "count"], _AGAIN, _undo_steps()),
+        function("undo_steps", ["a", "base", "count"], AGAIN, undo_steps("a")),
         function(
             "undo_first", ["a", "m", "start"], "To the logits.", _undo_first(columns, rows, added)
         ),
@@ -73,7 +73,7 @@ def _divide(lines: Indices, eps: float) -> Lines:
         yield from assign(f"d{i}", [*items("m", line), *plus])
     for i in range(n):
         yield f"inverse{i} = 1.0 / d{i}"
-    yield from pack("m =", (f"m[{k}] * inverse{i}" for k, i in _entries(lines)))
+    yield from pack("m =", (f"m[{k}] * inverse{i}" for k, i in numbered_entries(lines)))
     yield from pack("return m,", numbered("d", n))
 
 
@@ -83,13 +83,14 @@ def _first_steps(columns: Indices, rows: Indices, eps: float, added: float) -> L
         yield f"top{j} = {largest(items('h', line))}"
         yield from (f"e{k} = tl.exp(h[{k}] - top{j})" for k in line)
         yield f"column{j} = 1.0 / ({' + '.join(f'e{k}' for k in line)})"
-    yield from pack("start =", (f"e{k} * column{j}" for k, j in _entries(columns)))
+    yield from pack("start =", (f"e{k} * column{j}" for k, j in numbered_entries(columns)))
     if eps == 0.0:
         yield "# Relative to the row's maximum, too: a whole row may be far below its columns'."
         for i, line in enumerate(rows):
             yield f"high{i} = {largest([f'h[{k}] - top{j}' for j, k in enumerate(line)])}"
         scaled = (
-            f"tl.exp(h[{k}] - top{k % n} - high{i}) * column{k % n}" for k, i in _entries(rows)
+            f"tl.exp(h[{k}] - top{k % n} - high{i}) * column{k % n}"
+            for k, i in numbered_entries(rows)
         )
         yield from pack("m =", scaled)
     elif added:
@@ -100,7 +101,8 @@ def _first_steps(columns: Indices, rows: Indices, eps: float, added: float) -> L
     yield "return start, m"
 
 
-def _later_steps() -> Lines:
+def repeat_steps() -> Lines:
+    """The body of ``later_steps(m, count)``."""
     steps = ["m, by_column = divide_columns(m)", "m, by_row = divide_rows(m)"]
     yield from loop("for _ in range(count)", steps)
     yield "return m"
@@ -115,47 +117,55 @@ def _matrix(h: list[str], later: int) -> Lines:
 def _undo(lines: Indices) -> Lines:
     for i, line in enumerate(lines):
         yield from assign(f"s{i}", items("a", line))
-    yield from pack("a =", (f"a[{k}] - m[{k}] * s{i}" for k, i in _entries(lines)))
-    yield from pack("return a,", (f"m[{k}] * divisors[{i}]" for k, i in _entries(lines)))
+    yield from pack("a =", (f"a[{k}] - m[{k}] * s{i}" for k, i in numbered_entries(lines)))
+    yield from pack("return a,", (f"m[{k}] * divisors[{i}]" for k, i in numbered_entries(lines)))
 
 
-def _undo_steps() -> Lines:
+def undo_steps(back: str) -> Lines:
+    """The body of ``undo_steps(back, base, count)``; ``back`` names what goes back."""
     yield "for k in range(count):"
     yield "    m = later_steps(base, count - 1 - k)"
     yield "    m, by_column = divide_columns(m)"
     yield "    m, by_row = divide_rows(m)"
-    yield "    a, m = undo_rows(a, m, by_row)"
-    yield "    a, m = undo_columns(a, m, by_column)"
-    yield "return a"
+    yield f"    {back}, m = undo_rows({back}, m, by_row)"
+    yield f"    {back}, m = undo_columns({back}, m, by_column)"
+    yield f"return {back}"
+
+
+def undo_spans(back: str, first: str, count: int) -> Lines:
+    """Undo ``count`` iterations that began at the matrix ``first``, a span at a time."""
+    span = math.isqrt(count - 1) + 1
+    yield f"for span in range({-(-count // span)}):"
+    yield f"    end = {count} - {span} * span"
+    yield f"    begin = tl.maximum(end - {span}, 0)"
+    yield f"    {back} = undo_steps({back}, later_steps({first}, begin), end - begin)"
 
 
 def _undo_first(columns: Indices, rows: Indices, added: float) -> Lines:
     for i, line in enumerate(rows):
         yield from assign(f"row{i}", items("a", line))
-    for k, i in _entries(rows):
+    for k, i in numbered_entries(rows):
         yield f"a{k} = a[{k}] - m[{k}] * row{i}"
     if added:  # from the entries of start + eps to those of start
-        for k, _ in _entries(rows):
+        for k, _ in numbered_entries(rows):
             yield f"a{k} *= start[{k}] / (start[{k}] + {added!r})"
     for j, line in enumerate(columns):
         yield from assign(f"column{j}", (f"a{k}" for k in line))
-    yield from pack("return", (f"a{k} - start[{k}] * column{j}" for k, j in _entries(columns)))
+    yield from pack(
+        "return", (f"a{k} - start[{k}] * column{j}" for k, j in numbered_entries(columns))
+    )
 
 
 def _backward(h: list[str], n: int, later: int) -> Lines:
-    span = math.isqrt(max(later - 1, 0)) + 1
     yield from pack("h =", h)
     yield "start, first = first_steps(h)"
     yield f"m = later_steps(first, {later})"
     yield from pack("a =", (f"g{k} * m[{k}]" for k in range(n * n)))
     if later:
-        yield f"for span in range({-(-later // span)}):"
-        yield f"    end = {later} - {span} * span"
-        yield f"    begin = tl.maximum(end - {span}, 0)"
-        yield "    a = undo_steps(a, later_steps(first, begin), end - begin)"
+        yield from undo_spans("a", "first", later)
     yield "return undo_first(a, first, start)"
 
 
-def _entries(lines: Indices) -> list[tuple[int, int]]:
+def numbered_entries(lines: Indices) -> list[tuple[int, int]]:
     """The flat index of every entry, in order, with the number of the line that it is in."""
     return sorted((k, i) for i, line in enumerate(lines) for k in line)

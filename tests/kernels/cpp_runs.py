@@ -16,8 +16,9 @@ HALVES = ("u", "h_post", "h_res", "next", "dX", "df", "dphi", "dbias", "dalpha")
 SEAM = ("next", "u", "h_post", "h_res", "dX", "df", "dh_post", "dh_res", "dphi", "dbias", "dalpha")
 
 SITES = [("sinkhorn", n) for n in (2, 3, 4, 6, 8)] + [
-    ("sinkhorn_softmax", 4), ("identity", 4), ("none", 2), ("none", 4), ("permutations", 3),
-    ("permutations", 4), ("kronecker", 2), ("kronecker", 8), ("orthogonal", 3), ("orthogonal", 4),
+    ("sinkhorn_softmax", 4), ("sinkhorn_exp", 3), ("sinkhorn_exp", 4), ("identity", 4), ("none", 2),
+    ("none", 4), ("permutations", 3), ("permutations", 4), ("kronecker", 2), ("kronecker", 8),
+    ("orthogonal", 3), ("orthogonal", 4),
 ]  # fmt: skip
 
 Results = dict[str, torch.Tensor]

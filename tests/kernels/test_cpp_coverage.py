@@ -5,9 +5,10 @@ import torch
 
 from mhc_compile.kernels.cpp.call import streams_last
 from mhc_compile.kernels.cpp.select import parts
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.spec import EPS_PLACES, SiteSpec
 from tests.kernels.cpp_runs import (
     OPS,
+    Results,
     check,
     errors,
     random_site,
@@ -62,9 +63,9 @@ def test_other_numbers_of_streams_agree_with_float64(n: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n"),
-    [("sinkhorn", 16), ("sinkhorn_softmax", 12), ("none", 10), ("identity", 16), ("identity", 1),
-     ("kronecker", 16), ("orthogonal", 9), ("orthogonal", 16), ("permutations", 5), ("none", 1),
-     ("permutations", 1), ("orthogonal", 1), ("kronecker", 1)],
+    [("sinkhorn", 16), ("sinkhorn_softmax", 12), ("sinkhorn_exp", 9), ("none", 10),
+     ("identity", 16), ("identity", 1), ("kronecker", 16), ("orthogonal", 9), ("orthogonal", 16),
+     ("permutations", 5), ("none", 1), ("permutations", 1), ("orthogonal", 1), ("kronecker", 1)],
 )  # fmt: skip
 def test_any_number_of_streams_agrees_with_float64(name: str, n: int) -> None:
     spec, tensors = random_site(name, n, (19, 50))
@@ -103,14 +104,43 @@ def test_sinkhorn_alone_agrees_with_float64(
     logits, grad = (
         torch.randn(*shape, 4, 4, generator=generator).to(dtype).double() for _ in range(2)
     )
-    results = []
-    for kernels, kind in (("reference", torch.float64), ("cpp", dtype)):
-        leaf = logits.to(kind).requires_grad_()
-        out = OPS.sinkhorn(leaf, f"{spec.encode()} kernels={kernels}")
-        (back,) = torch.autograd.grad(out, leaf, grad.to(kind))
-        results.append({"out": out.detach(), "grad": back})
-    assert all(t.dtype == dtype for t in results[1].values())
-    check(results[1], results[0], 1e-5 if dtype == torch.float32 else 3e-3)
+    truth = _run_sinkhorn(spec, logits, grad, torch.float64, "reference")
+    ours = _run_sinkhorn(spec, logits, grad, dtype, "cpp")
+    assert all(t.dtype == dtype for t in ours.values())
+    check(ours, truth, 1e-5 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("iters", [1, 5, 20])
+@pytest.mark.parametrize("place", EPS_PLACES)
+def test_every_place_of_eps_agrees_with_float64(place: str, iters: int) -> None:
+    spec = SiteSpec(
+        streams=3, constraint="sinkhorn_exp", iters=iters, sinkhorn_eps=0.1, eps_at=place
+    )
+    generator = torch.Generator().manual_seed(0)
+    logits, grad = torch.randn(2, 37, 3, 3, generator=generator)
+    logits = 3.0 * logits - 2.0  # some sums are below eps, so that the floor is felt
+    truth = _run_sinkhorn(spec, logits, grad, torch.float64, "reference")
+    check(_run_sinkhorn(spec, logits, grad, torch.float32, "cpp"), truth, 2e-6)
+
+
+@pytest.mark.parametrize("place", EPS_PLACES)
+@pytest.mark.parametrize("logit", [100.0, torch.nan])
+def test_logits_that_overflow_show_and_stay_with_their_token(logit: float, place: str) -> None:
+    spec = SiteSpec(streams=3, constraint="sinkhorn_exp", iters=5, sinkhorn_eps=0.1, eps_at=place)
+    logits, grad = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    logits[1, 1, 1] = logit
+    for found in _run_sinkhorn(spec, logits, grad, torch.float32, "cpp").values():
+        assert found[1].isnan().all()
+        assert found[[0, 2]].isfinite().all()
+
+
+def _run_sinkhorn(
+    spec: SiteSpec, logits: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype, kernels: str
+) -> Results:
+    leaf = logits.to(dtype).requires_grad_()
+    out = OPS.sinkhorn(leaf, f"{spec.encode()} kernels={kernels}")
+    (back,) = torch.autograd.grad(out, leaf, grad.to(dtype))
+    return {"out": out.detach(), "grad": back}
 
 
 def test_every_half_is_read_and_written_right() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mhc_compile.errors import KernelError
-from mhc_compile.kernels.constraints import constraint_named
 from mhc_compile.kernels.spec import EPS_PLACES, SiteSpec
 
 EPS = 0.1
@@ -57,13 +56,3 @@ def test_the_place_of_eps_makes_a_difference_and_travels_in_the_text() -> None:
 def test_an_unknown_place_is_refused() -> None:
     with pytest.raises(KernelError, match="eps_at='nowhere' is not allowed"):
         SiteSpec(streams=2, eps_at="nowhere")
-
-
-def test_generated_code_is_refused_with_its_reason() -> None:
-    spec = SiteSpec(streams=2, constraint="sinkhorn_exp", kernels="cpp")
-    state, f = torch.randn(3, 2, 4), torch.randn(3, 4)
-    mapping = torch.rand(3, 2), torch.rand(3, 2, 2)
-    with pytest.raises(KernelError, match="'sinkhorn_exp' has no generated C"):
-        torch.ops.mhc.post(state, f, *mapping, spec.encode())
-    with pytest.raises(KernelError, match="no generated C"):
-        constraint_named("sinkhorn_exp").cpp(spec)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mhc_compile.kernels.constraints import CONSTRAINTS, constraint_of
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.spec import EPS_PLACES, SiteSpec
 from mhc_compile.kernels.triton import launch
 from mhc_compile.kernels.triton.emit_matrix import TILE, matrix_source
 from mhc_compile.kernels.triton.load import load
@@ -63,14 +63,39 @@ def test_matrix_and_gradient_follow_float64(spec: SiteSpec) -> None:
 def test_sharp_logits_follow_float64(name: str) -> None:
     spec = SiteSpec(streams=4, constraint=name, sinkhorn_eps=CONSTRAINTS[name].default_eps)
     logits, grad = _inputs(spec, 1.0, tokens=190)  # three programs
-    scales = torch.tensor([1.0, 4.0, 8.0, 16.0, 30.0]).repeat(38)
+    stds = [1.0, 4.0, 8.0, 16.0] if name == "sinkhorn_exp" else [1.0, 4.0, 8.0, 16.0, 30.0]
+    scales = torch.tensor(stds).repeat(48)[:190]  # at 30 its exp overflows
     inputs = logits * scales[:, None], grad
     for found, exact in zip(_run(spec, *inputs), _exact(spec, *inputs), strict=True):
         for std in scales.unique():
             assert _error(found[scales == std], exact[scales == std]) < 1e-5
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("iters", [1, 5, 20])
+@pytest.mark.parametrize("place", EPS_PLACES)
+def test_every_place_of_eps_follows_float64(place: str, iters: int) -> None:
+    spec = SiteSpec(
+        streams=3, constraint="sinkhorn_exp", iters=iters, sinkhorn_eps=0.1, eps_at=place
+    )
+    logits, grad = _inputs(spec, 3.0)
+    logits -= 2.0  # some sums are below eps, so that the floor is felt
+    exact = _exact(spec, logits, grad)
+    for found, right in zip(_run(spec, logits, grad), exact, strict=True):
+        assert _error(found, right) < 2e-6
+
+
+@pytest.mark.parametrize("place", EPS_PLACES)
+@pytest.mark.parametrize("logit", [100.0, torch.nan])
+def test_logits_that_overflow_show_and_stay_with_their_token(logit: float, place: str) -> None:
+    spec = SiteSpec(streams=3, constraint="sinkhorn_exp", iters=5, sinkhorn_eps=1e-3, eps_at=place)
+    logits, grad = _inputs(spec, 1.0, tokens=3)
+    logits[1, 4] = logit
+    for found in _run(spec, logits, grad):
+        assert found[1].isnan().all()
+        assert found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in MIXING if name != "sinkhorn_exp"])
 def test_equal_logits_give_finite_results(name: str) -> None:
     spec = SiteSpec(streams=4, constraint=name)
     logits, grad = _inputs(spec, 1.0, tokens=4)

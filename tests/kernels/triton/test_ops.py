@@ -26,8 +26,8 @@ from tests.kernels.triton.sites import (
 pytestmark = pytest.mark.interpreted
 
 SITES = [
-    ("sinkhorn", 2), ("sinkhorn", 3), ("sinkhorn_softmax", 4), ("identity", 4), ("none", 4),
-    ("permutations", 3), ("kronecker", 4), ("orthogonal", 3),
+    ("sinkhorn", 2), ("sinkhorn", 3), ("sinkhorn_softmax", 4), ("sinkhorn_exp", 3),
+    ("identity", 4), ("none", 4), ("permutations", 3), ("kronecker", 4), ("orthogonal", 3),
 ]  # fmt: skip
 MANY_STREAMS = [("sinkhorn", 6), ("sinkhorn", 8), ("none", 8), ("kronecker", 8), ("sinkhorn", 1)]
 SHAPES = [(1, 16), (3, 129), (5, 200), (37, 48), (70, 64)]
