@@ -44,23 +44,24 @@ _PARTS = (
     _Part(
         "overhead",
         "What a training step costs more",
-        (),
+        ("--widths", "512", "768", "1024", "--streams", "4", "--repeat", "5", "--no-by-hand"),
         "A stack of two compiled transformer blocks, forward and backward, CPU milliseconds of one "
-        "thread. The plain model goes through Inductor; `mhc` is the same model converted; "
-        "`by hand` is the paper's equations written in torch, through Inductor. `overhead` is by "
-        "the minima, over the plain model. It depends on how fast the plain model's products are "
-        "(Gflop/s under each width).",
+        "thread. The plain model goes through Inductor; `mhc` is the same model converted, without "
+        "and with recomputation. `overhead` is by the minima, over the plain model. It depends on "
+        "how fast the plain products are (Gflop/s below). Without `--no-by-hand` the paper's "
+        "equations written in torch, through Inductor, stand beside it; to compile those takes "
+        "minutes.",
     ),
     _Part(
         "compile_time",
         "Compile time",
-        (),
+        ("--only", "plain", "mhc", "--repeat", "1"),
         "The first training step of a GPT in a new process with cold caches, seconds.",
     ),
     _Part(
         "memory",
         "Memory",
-        ("--layers", "12"),
+        ("--layers", "12", "--repeat", "2"),
         "What a GPT keeps for its backward: bytes per token seen by saved-tensor hooks, what the "
         "memory plan predicts on top of the plain model, the peak of resident memory of a step "
         "(MiB), and seconds of a step. `checkpoint` is the plain model with torch checkpoints "

@@ -13,7 +13,7 @@ from mhc_compile.passes.axes import axis_order
 from mhc_compile.passes.chain_ops import argument
 from mhc_compile.passes.chain_products import einsum_labels
 from mhc_compile.passes.chain_terms import NotExpressible
-from mhc_compile.passes.opnames import first_input, op_name
+from mhc_compile.passes.opnames import first_input, op_name, two_inputs
 from mhc_compile.passes.values import dims, is_float_tensor
 from mhc_compile.passes.vocabulary import CAST, LAYOUT
 
@@ -57,10 +57,9 @@ def _direct(node: Node) -> Iterator[State]:
     if name in ("sum", "mean"):
         yield from _of_sum(node)
     elif name in ("matmul", "bmm", "baddbmm"):
-        left, right = node.args[-2:] if name == "baddbmm" else node.args[:2]
-        if not (isinstance(left, Node) and isinstance(right, Node)):
-            return
-        if len(dims(left)) > 2 and len(dims(right)) > 2:
+        factors = two_inputs(node)
+        if factors is not None and all(len(dims(factor)) > 2 for factor in factors):
+            left, right = factors
             yield right, -2, -1
             yield left, -1, -2
     elif name == "einsum":
@@ -74,10 +73,11 @@ def _of_sum(node: Node) -> Iterator[State]:
     axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
     if product is None or op_name(product) != "mul" or not isinstance(axis, int):
         return
+    factors = two_inputs(product)
+    if factors is None:
+        return
     sizes = dims(product)
-    for state, weights in (product.args[:2], product.args[1::-1]):
-        if not (isinstance(state, Node) and isinstance(weights, Node)):
-            continue
+    for state, weights in (factors, factors[::-1]):
         if len(dims(state)) != len(sizes) or not dims(weights):
             continue
         padded = (1,) * (len(sizes) - len(dims(weights))) + dims(weights)
@@ -111,8 +111,8 @@ def _of_stream(node: Node) -> Iterator[State]:
     rank, axis = len(dims(state)), None
     if op_name(node) == "unbind":
         axis = argument(node, 1, "dim", 0)
-    elif op_name(node) == "select" and node.args[2] == 0:
-        axis = node.args[1]
+    elif op_name(node) == "select" and argument(node, 2, "index") == 0:
+        axis = argument(node, 1, "dim")
     elif op_name(node) == "getitem" and isinstance(node.args[1], tuple):
         index = node.args[1]
         if index.count(0) == 1 and None not in index:

@@ -25,7 +25,7 @@ from mhc_compile.passes.chain_values import (
     select,
     summed,
 )
-from mhc_compile.passes.opnames import first_input, op_name
+from mhc_compile.passes.opnames import first_input, op_name, two_inputs
 from mhc_compile.passes.values import dims, dtype_of
 from mhc_compile.passes.vocabulary import CAST
 
@@ -140,7 +140,8 @@ def _item(scope: Scope, node: Node) -> Value:
 
 def _selected(scope: Scope, node: Node) -> Value:
     value = _first(scope, node)
-    return select(value, _axis(value, node.args[1]), _constant(node.args[2]))
+    index = _constant(argument(node, 2, "index"))
+    return select(value, _axis(value, argument(node, 1, "dim")), index)
 
 
 def _sliced(scope: Scope, node: Node) -> Value:
@@ -381,8 +382,15 @@ def _rms_norm(scope: Scope, node: Node) -> Value:
 def _product_added(scope: Scope, node: Node) -> Value:
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         raise NotExpressible("a scaled operation")
-    product = matmul(scope, node.args[1], node.args[2])
-    return _combine(scope, "add", product, scope.operand(node.args[0], product))
+    product = _product(scope, node)
+    return _combine(scope, "add", product, scope.operand(first_input(node), product))
+
+
+def _product(scope: Scope, node: Node) -> Value:
+    factors = two_inputs(node)
+    if factors is None:
+        raise NotExpressible("a product of something else")
+    return matmul(scope, *factors)
 
 
 _RULES: dict[str, Rule] = {
@@ -409,8 +417,6 @@ _RULES: dict[str, Rule] = {
     "_log_softmax": _log_softmax, "logsumexp": _logsumexp, "normalize": _normalized,
     "linalg_vector_norm": _vector_norm, "norm": _vector_norm, "rms_norm": _rms_norm,
     "linear": linear, "einsum": einsum,
-    **dict.fromkeys(
-        ("matmul", "mm", "bmm", "mv"), lambda scope, node: matmul(scope, *node.args[:2])
-    ),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv"), _product),
     "baddbmm": _product_added, "addmm": _product_added,
 }  # fmt: skip

@@ -63,8 +63,10 @@ def matmul(scope: Scope, a: Any, b: Any) -> Value:
 
 def linear(scope: Scope, node: Node) -> Value:
     """``x @ weight.T + bias``."""
-    x, weight = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    x, weight, bias = (
+        node.args[place] if len(node.args) > place else node.kwargs.get(name)
+        for place, name in enumerate(("input", "weight", "bias"))
+    )
     rank = len(dims(x)) if isinstance(x, Node) else 0
     lead = "".join(chr(ord("A") + i) for i in range(rank - 1))
     product = contract(scope, x, lead + "j", weight, "kj", lead + "k")
@@ -97,8 +99,8 @@ def einsum_labels(node: Node) -> tuple[list[Node], list[str], str]:
     Raises:
         NotExpressible: the equation has another form.
     """
-    equation, first = node.args[0], node.args[1]
-    given = first if isinstance(first, list | tuple) else node.args[1:]
+    equation, *rest = (*node.args, *node.kwargs.values())
+    given = rest[0] if rest and isinstance(rest[0], list | tuple) else rest
     operands = [operand for operand in given if isinstance(operand, Node)]
     if not isinstance(equation, str) or len(operands) != len(given):
         raise NotExpressible("an einsum of another form")

@@ -93,6 +93,15 @@ def first_input(node: Node) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
+def two_inputs(node: Node) -> tuple[Node, Node] | None:
+    """The last two tensors of a product, spelt by place or by name; None if it has fewer.
+
+    ``matmul(a, b)``, ``bmm(a, mat2=b)``, ``baddbmm(c, batch1=a, batch2=b)`` all give (a, b).
+    """
+    given = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Node)]
+    return (given[-2], given[-1]) if len(given) > 1 else None
+
+
 @lru_cache(maxsize=4096)
 def _inplace_position(target: Any) -> int | None:
     try:

@@ -180,3 +180,19 @@ def test_nothing_is_recognised_without_hyper_connections(
     backend = rewritten(function, torch.randn(2, N, 8))
     assert backend.ops == []
     assert backend.chains == []
+
+
+class Keywords(nn.Module):
+    """Operands by name, as some attention code passes them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = torch.matmul(input=x, other=x.mT).softmax(-1)
+        bias = torch.zeros(x.shape[0], 1, 1, dtype=x.dtype)
+        scores = bias.baddbmm(batch1=weights, batch2=x, beta=1.0, alpha=0.5)
+        mixed = torch.bmm(weights, mat2=scores) + torch.mul(x, other=x).sum(dim=1, keepdim=True)
+        return nn.functional.linear(input=mixed, weight=torch.eye(x.shape[-1], dtype=x.dtype))
+
+
+def test_operands_may_be_spelt_by_name() -> None:
+    found = assert_same(Keywords(), torch.randn(4, 4, C, dtype=torch.float64), tolerance=0.0)
+    assert found.ops == []
