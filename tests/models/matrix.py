@@ -8,6 +8,7 @@ Without names, all models run that have no row yet.
 
 import argparse
 import json
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -59,7 +60,7 @@ def run_row(name: str) -> Row:
     try:
         _fill(row, run_trial(name, lambda trial: _fill(row, trial)))
     except MHCError as error:
-        row.refusal = str(error)
+        row.refusal = _without_folders(str(error))
     except Exception as error:  # whatever a model raises belongs into the table
         row.exception = f"{type(error).__name__}: {error}"[:500]
     row.seconds = round(time.perf_counter() - begin, 1)
@@ -74,7 +75,7 @@ def _fill(row: Row, trial: Trial) -> None:
     row.parameters = sum(site.parameters for site in report.converted)
     row.left = sorted({site.reason for site in report.left})
     row.eval_error, row.eval_dtype = trial.eval_error, trial.eval_dtype
-    row.refusal, row.losses = trial.refusal, trial.losses
+    row.refusal, row.losses = _without_folders(trial.refusal), trial.losses
     if trial.train_report is not None:
         row.in_train_mode = len(trial.train_report.converted)
     if trial.comparison is not None:
@@ -155,6 +156,11 @@ def _line(row: Row) -> str:
         _remark(row),
     ]
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _without_folders(text: str) -> str:
+    """``text`` with the paths of installed and own sources cut to what is the same everywhere."""
+    return re.sub(r"/[^\s:]*/site-packages/", "", text).replace(f"{Path.cwd()}/", "")
 
 
 def _error(value: float | None) -> str:
