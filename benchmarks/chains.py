@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+
+from benchmarks.timing import by_turns, machine
 
 _BACKENDS: dict[str, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
@@ -133,19 +134,14 @@ def measure(subject: str, options: argparse.Namespace) -> list[Row]:
         start = time.perf_counter()
         step()
         compiling[backend], steps[backend] = time.perf_counter() - start, step
-    times: dict[str, list[float]] = {backend: [] for backend in _BACKENDS}
-    for _ in range(options.repeat + 1):
-        for backend, step in steps.items():
-            start = time.thread_time()
-            step()
-            times[backend].append((time.thread_time() - start) * 1e3)
+    times = by_turns(steps, options.repeat)
     return [
         Row(
             subject,
             backend,
             compiling[backend],
-            min(values[1:]),
-            statistics.median(values[1:]),
+            min(values),
+            statistics.median(values),
             before if backend == "inductor" else after,
         )
         for backend, values in times.items()
@@ -196,16 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_row(row.subject, row.backend, *numbers, str(row.nodes))
     Console().print(table)
     if options.json is not None:
-        machine = {
-            "machine": platform.machine(),
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-            "threads": 1,
-            "iters": options.iters,
-            "tokens": options.tokens,
-            "width": options.width,
-        }
-        result = {"machine": machine, "rows": [asdict(row) for row in rows]}
+        setting = {name: getattr(options, name) for name in ("iters", "tokens", "width")}
+        found = [asdict(row) for row in rows]
+        result = {"machine": machine(), "setting": setting, "rows": found}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

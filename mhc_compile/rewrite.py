@@ -37,7 +37,9 @@ def rewrite(
     Args:
         model: the module; train or eval mode is baked in, as torch.export does.
         *args: example inputs, as the model takes them.
-        config: choices for a model that is not converted.
+        config: choices for a model that is not converted, and ``skip_passes``. What says how a
+            graph is compiled has no meaning here: ``inner``, ``on_eager``, and ``recompute``, whose
+            tags no backend would get to see.
         dynamic_shapes: as ``torch.export.export`` takes them.
         observe: sees the canonical graph ("before") and the graph after each pass.
         **kwargs: further example inputs.

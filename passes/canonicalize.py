@@ -22,7 +22,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.opnames import first_input, inplace_flag, is_in_place, op_name, raw_name
-from mhc_compile.passes.values import VALUE_KEYS, dtype_of, meta_of_part, value_of
+from mhc_compile.passes.values import (
+    RECOMPUTE,
+    REGION,
+    VALUE_KEYS,
+    dtype_of,
+    meta_of_part,
+    value_of,
+)
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -104,8 +111,8 @@ def _inline_checkpoint(gm: GraphModule, call: Node, number: int) -> None:
                 copy = gm.graph.node_copy(node, lambda n: values[n])
                 copy.meta = dict(node.meta)
                 # AOTAutograd's partitioner reads these two; the number keeps bodies apart.
-                copy.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
-                copy.meta.setdefault("ac_graph_id", number)
+                copy.meta.setdefault(RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE)
+                copy.meta.setdefault(REGION, number)
                 values[node] = copy
     outputs = torch.fx.node.map_arg(body.graph.output_node().args[0], lambda n: values[n])
     if not isinstance(outputs, tuple | list):

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.states import EXPAND, POST, PRE, trunk_of_states
+from mhc_compile.passes.values import RECOMPUTE, REGION
 
-_TAG, _REGION = "recompute", "ac_graph_id"
 _Block = tuple[int, int]  # which run of sites, which block of it
 
 
@@ -60,7 +60,7 @@ def tag_recompute_pass(
         return PassResult(gm, False)
     _spread(gm, trunk_of, block_of)
     for node in block_of:
-        node.meta[_TAG] = CheckpointPolicy.MUST_RECOMPUTE
+        node.meta[RECOMPUTE] = CheckpointPolicy.MUST_RECOMPUTE
     _number(gm, block_of)
     return PassResult(gm, True)
 
@@ -73,7 +73,7 @@ def _runs(gm: GraphModule, trunk_of: Mapping[Node, int]) -> Iterator[list[Node]]
     trunks: dict[int, list[list[Node]]] = {}
     for pre in gm.graph.find_nodes(op="call_function", target=PRE):
         runs = trunks.setdefault(trunk_of[pre.args[0]], [[]])
-        if _TAG in pre.meta:
+        if RECOMPUTE in pre.meta:
             runs.append([])
         else:
             runs[-1].append(pre)
@@ -85,7 +85,7 @@ def _spread(gm: GraphModule, trunk_of: Mapping[Node, int], block_of: dict[Node, 
     """From the pre of a site to its mappings, its post, and the states up to the next site."""
     entries = []
     for node in gm.graph.nodes:
-        if node.op == "placeholder" or _TAG in node.meta:
+        if node.op == "placeholder" or RECOMPUTE in node.meta:
             continue
         if node.target is EXPAND:
             entries.append(node)
@@ -114,6 +114,6 @@ def _number(gm: GraphModule, block_of: Mapping[Node, _Block]) -> None:
     """
     numbers: dict[Any, int] = {}
     for node in gm.graph.nodes:
-        region = block_of.get(node, node.meta.get(_REGION))
+        region = block_of.get(node, node.meta.get(REGION))
         if region is not None:
-            node.meta[_REGION] = numbers.setdefault(region, len(numbers))
+            node.meta[REGION] = numbers.setdefault(region, len(numbers))

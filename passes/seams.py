@@ -14,10 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.states import POST, PRE, SEAM
-from mhc_compile.passes.values import meta_of_part
-
-# What ties an operation to a region that is recomputed as a whole in the backward.
-_REGION = ("recompute", "ac_graph_id")
+from mhc_compile.passes.values import RECOMPUTE, REGION, meta_of_part
 
 
 def join_seams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
@@ -40,7 +37,7 @@ def _pairs(gm: GraphModule, order: Mapping[Node, int]) -> Iterator[tuple[Node, N
         for pre in post.users:
             if pre.target is not PRE or pre.args[0] is not post or pre.args[-1] != post.args[-1]:
                 continue
-            if any(pre.meta.get(key) != post.meta.get(key) for key in _REGION):
+            if any(pre.meta.get(key) != post.meta.get(key) for key in (RECOMPUTE, REGION)):
                 continue
             behind = max(
                 (post, *(n for n in pre.all_input_nodes if n is not post)), key=order.__getitem__

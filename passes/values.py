@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+RECOMPUTE, REGION = "recompute", "ac_graph_id"
+"""Metadata of ``torch.utils.checkpoint``: what the backward does with a value, and the number of
+the region that is made again as a whole. AOTAutograd's partitioner obeys them."""
 VALUE_KEYS = ("example_value", "val", "tensor_meta")
 """Metadata that describes a node's value, and so does not fit another node."""
 

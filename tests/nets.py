@@ -1,5 +1,6 @@
 """Small residual networks, and what tests do with them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -128,3 +129,17 @@ def converted(model: nn.Module, *args: Any, perturbed: bool = True, **config: An
 def compiled_graphs() -> int:
     """How many graphs Dynamo has handed to a backend since its counters were cleared."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def saved_shapes(call: Callable[[], Any]) -> Counter[tuple[int, ...]]:
+    """Shapes of everything that one call saves for its backward, each storage once."""
+    shapes = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        shapes[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    del output
+    return Counter(shapes.values())

@@ -2,19 +2,16 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import mhc_compile
 from mhc_compile import MHCConfig
 from mhc_compile.memory import MemoryPlan, memory_plan
 from mhc_compile.tables import memory_tables, to_text
-from tests.nets import Net, perturb_
+from tests.nets import Net, perturb_, saved_shapes
 
 WIDTH, BLOCKS, STREAMS = 64, 12, 4
 MAPPINGS = 2 * (STREAMS**2 + 2 * STREAMS)
@@ -23,20 +20,6 @@ MAPPINGS = 2 * (STREAMS**2 + 2 * STREAMS)
 def plan_of(config: MHCConfig | None = None) -> MemoryPlan:
     report = mhc_compile.explain(Net(BLOCKS, WIDTH), torch.randn(3, 5, WIDTH), config=config)
     return memory_plan(report)
-
-
-def saved_shapes(call: Callable[[], Any]) -> Counter[tuple[int, ...]]:
-    """Shapes of everything that one call saves, each storage once."""
-    shapes = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        shapes[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = call()
-    del output
-    return Counter(shapes.values())
 
 
 def test_the_plan_follows_the_papers_table() -> None:

@@ -1,6 +1,5 @@
 """What a converted model keeps for its backward, and what it computes there."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mhc_compile
 from mhc_compile import backend
 from mhc_compile.pipeline import improving_passes
-from tests.nets import WIDTH, Net, converted, distance, example, run
+from tests.nets import WIDTH, Net, converted, distance, example, run, saved_shapes
 
 BLOCKS, STREAMS = 6, 4  # 12 sites
 
@@ -22,26 +21,12 @@ def step(model: nn.Module, recompute: int | str, x: Tensor) -> tuple[Tensor, dic
     return run(torch.compile(model, backend="mhc", options=options), model, x)
 
 
-def kept(call: Callable[[], Any]) -> list[tuple[int, ...]]:
-    """Shapes of everything saved for the backward, each storage once."""
-    shapes = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        shapes[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = call()
-    del alive
-    return list(shapes.values())
-
-
 def states_kept(model: nn.Module, recompute: int | str, x: Tensor) -> int:
     """How many n-stream states are saved for the backward."""
     torch._dynamo.reset()
     options = {"inner": "aot_eager", "recompute": recompute}
     compiled = torch.compile(model, backend="mhc", options=options)
-    return kept(lambda: compiled(x)).count((*x.shape[:-1], STREAMS, WIDTH))
+    return saved_shapes(lambda: compiled(x))[*x.shape[:-1], STREAMS, WIDTH]
 
 
 @pytest.fixture(scope="module")

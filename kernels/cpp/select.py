@@ -7,6 +7,7 @@ import torch
 from mhc_compile.errors import KernelError
 from mhc_compile.kernels.cpp.call import library
 from mhc_compile.kernels.cpp.emit import STREAM_TYPES, Part
+from mhc_compile.kernels.obstacles import rounding_obstacle
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -28,11 +29,7 @@ def obstacle(
         return f"the state is on {X.device}"
     if X.dtype not in STREAM_TYPES:
         return f"streams are {X.dtype}, not {' or '.join(map(str, STREAM_TYPES))}"
-    if any(t is not None and t.dtype == torch.float64 for t in (*tensors, branch)):
-        return "an argument is float64"
-    if branch is not None and torch.promote_types(branch.dtype, X.dtype) != X.dtype:
-        return f"the branch output is {branch.dtype}, wider than its streams"
-    return None
+    return rounding_obstacle(X, *tensors, branch=branch)
 
 
 def parts(op: str, spec: SiteSpec, learned: bool) -> tuple[Part, ...]:

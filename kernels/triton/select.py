@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from mhc_compile.kernels.obstacles import rounding_obstacle
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit import STREAM_TYPES
 
@@ -31,17 +32,13 @@ def obstacle(
         return f"the state is on {X.device}"
     if X.dtype not in STREAM_TYPES:
         return f"streams are {X.dtype}, not {', '.join(map(str, STREAM_TYPES))}"
-    if any(t is not None and t.dtype == torch.float64 for t in (*tensors, branch)):
-        return "an argument is float64"
-    if branch is not None and torch.promote_types(branch.dtype, X.dtype) != X.dtype:
-        return f"the branch output is {branch.dtype}, wider than its streams"
     if spec.dim != -1:
         return f"channels are on axis {spec.dim}, not the last"
     if spec.streams not in _STREAMS:
         return f"it has {spec.streams} streams, not {_STREAMS[0]} to {_STREAMS[-1]}"
     if X.numel() == 0:
         return "it has no tokens"
-    return _missing(X.device)
+    return rounding_obstacle(X, *tensors, branch=branch) or _missing(X.device)
 
 
 def interpreting() -> bool:
