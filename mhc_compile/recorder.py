@@ -24,6 +24,7 @@ from mhc_compile.hosts import erase_markers
 from mhc_compile.kernels.cpp.emit import source as cpp_source
 from mhc_compile.kernels.cpp.select import obstacle
 from mhc_compile.mlir import to_mlir
+from mhc_compile.passes.states import spec_of
 from mhc_compile.passes.values import source_frame, source_line, value_of
 from mhc_compile.passes.widen import Widening
 from mhc_compile.pictures.build import build_view
@@ -33,7 +34,6 @@ from mhc_compile.pictures.trunks import (
     nesting_of,
     planned_spine,
     rewritten_spine,
-    spec_of,
 )
 from mhc_compile.pictures.view import GraphView
 from mhc_compile.report import Report

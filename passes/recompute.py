@@ -15,8 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.passes.states import EXPAND, POST, PRE, trunk_of_states
+from mhc_compile.passes.states import EXPAND, POST, PRE, spec_of, trunk_of_states
 from mhc_compile.passes.values import RECOMPUTE, REGION
 
 _Block = tuple[int, int]  # which run of sites, which block of it
@@ -53,8 +52,7 @@ def tag_recompute_pass(
     trunk_of = trunk_of_states(gm.graph)
     block_of: dict[Node, _Block] = {}
     for number, run in enumerate(_runs(gm, trunk_of)):
-        streams = SiteSpec.decode(str(run[0].args[-1])).streams
-        size = length or block_length(len(run), streams)
+        size = length or block_length(len(run), spec_of(run[0]).streams)
         block_of |= {pre: (number, step // size) for step, pre in enumerate(run)}
     if not block_of:
         return PassResult(gm, False)

@@ -5,12 +5,19 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
+from mhc_compile.kernels.spec import SiteSpec
+
 EXPAND, PRE, POST = (
     torch.ops.mhc.expand.default,
     torch.ops.mhc.pre.default,
     torch.ops.mhc.post.default,
 )
 SEAM, COLLAPSE = torch.ops.mhc.seam.default, torch.ops.mhc.collapse.default
+
+
+def spec_of(node: Node) -> SiteSpec:
+    """The specification an mhc op (other than expand) was given: its last argument."""
+    return SiteSpec.decode(str(node.args[-1]))
 
 
 def trunk_of_states(graph: Graph) -> dict[Node, int]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.states import spec_of
 from mhc_compile.passes.values import dims
 from mhc_compile.passes.vocabulary import CAST, LAYOUT
-from mhc_compile.pictures.trunks import spec_of, streams_of
+from mhc_compile.pictures.trunks import streams_of
 from mhc_compile.pictures.view import Role
 
 TRIVIAL = LAYOUT | CAST | {"getitem", "split", "chunk", "expand", "unbind"}

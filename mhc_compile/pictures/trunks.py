@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
-import torch
 from torch.fx import Graph, Node
 
-from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.opnames import raw_name
 from mhc_compile.passes.plan import Plan
+from mhc_compile.passes.states import EXPAND, spec_of
 from mhc_compile.passes.values import dims, is_state
 from mhc_compile.pictures.view import Role
 
@@ -133,11 +132,6 @@ def _follow_up(spine: Spine, reader: Node, state: object, streams: int) -> None:
 
 def streams_of(node: Node) -> int:
     """The number of streams an mhc op works on."""
-    if node.target is torch.ops.mhc.expand.default:
+    if node.target is EXPAND:
         return int(node.args[1])  # type: ignore[arg-type]
     return spec_of(node).streams
-
-
-def spec_of(node: Node) -> SiteSpec:
-    """The specification an mhc op (other than expand) was given: its last argument."""
-    return SiteSpec.decode(str(node.args[-1]))
