@@ -4,9 +4,9 @@
 
 For every depth: the bytes that saved-tensor hooks see per token, each storage once and parameters
 left out; the peak resident memory of a training step beyond what was there before it; and the
-median time of a step, all variants by turns in one process. Variants: the plain model, the plain
-model with torch checkpoints around its blocks, and the converted model with recompute "off" and
-"auto". Each peak is taken in a process of its own. One thread, Inductor.
+median CPU time of a step, all variants by turns in one process. Variants: the plain model, the
+plain model with torch checkpoints around its blocks, and the converted model with recompute "off"
+and "auto". Each peak is taken in a process of its own. One thread, Inductor.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import statistics
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import mhc_compile
 from benchmarks.gpt import GPT, VOCABULARY
-from benchmarks.timing import machine
+from benchmarks.timing import by_turns, machine
 from mhc_compile.memory import memory_plan
 
 STREAMS = 4
@@ -46,7 +45,7 @@ class Row:
     peak: float
     """MiB of resident memory that a step needs beyond the model."""
     step: float
-    """Median seconds of a step."""
+    """Median seconds of CPU time of a step."""
 
 
 class _Variant:
@@ -127,12 +126,7 @@ def measure(
         variants[name] = _Variant(name, layers, width, tokens)
         variants[name].step()
     tell(f"{layers} layers: stepping")
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(repeat):
-        for name, variant in variants.items():
-            start = time.perf_counter()
-            variant.step()
-            times[name].append(time.perf_counter() - start)
+    times = by_turns({name: variant.step for name, variant in variants.items()}, repeat)
     rows = []
     for name, variant in variants.items():
         tell(f"{layers} layers: peak of {name}")
@@ -145,7 +139,7 @@ def measure(
                 variant.saved() / tokens,
                 variant.planned / tokens,
                 highest,
-                statistics.median(times[name]),
+                statistics.median(times[name]) / 1e3,
             )
         )
     return rows
