@@ -24,7 +24,7 @@ from mhc_compile.dump import write_recorded
 from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
-from mhc_compile.match import Matches, check_options, sites_of
+from mhc_compile.match import Matches, settle_options, sites_of
 from mhc_compile.pipeline import improving_passes, rewrite_passes, run_passes
 from mhc_compile.recorder import Recorder, recorder_of_environment
 
@@ -96,7 +96,7 @@ def compile_frame(
     examples = [example_of(node) for node in _inputs(gm)]
     if record is not None:
         record.analysed(analysis, frame, config, examples)
-    check_options(analysis, given, config)
+    config = settle_options(frame.modules.values(), given, config)
     matches.check(analysis)
     known = len(matches.records)
     convert_now(analysis, matches, frame, config, examples)

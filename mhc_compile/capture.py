@@ -160,16 +160,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(saved_attributes)
         for value, content in contents:
-            if not _holds(value, content):  # a frozen dict refuses to be written, and has no need
-                value.clear()
-                value.update(content)
+            value.clear()
+            value.update(content)
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, saved):
                     buffer.copy_(saved)
-
-
-def _holds(value: Mapping[Any, Any], content: Mapping[Any, Any]) -> bool:
-    """Whether ``value`` still holds the very objects of ``content``, in their order."""
-    return list(value) == list(content) and all(value[key] is content[key] for key in content)

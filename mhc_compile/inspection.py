@@ -52,7 +52,8 @@ def trace_stages(
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         try:
-            return compile_frame(gm, replace(config, inner="eager"), recorder=recorder)
+            eager = replace(config, inner="eager")
+            return compile_frame(gm, eager, frozenset({"inner"}), recorder=recorder)
         except MHCError as error:
             raise passing_through(error) from error.__cause__
 

@@ -6,8 +6,8 @@ that is refused, never compiled as something else.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Protocol
 
 from torch import nn
@@ -142,21 +142,27 @@ class Matches:
 
 
 _AT_COMPILE = frozenset({"inner", "recompute", "skip_passes"})
-"""Options that say how the widened graph is compiled, whatever the conversion had."""
+"""Options that say how a widened graph is compiled: they may differ from the conversion's."""
 
 
-def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) -> None:
-    """Refuse options that contradict the conversion.
+def settle_options(
+    modules: Iterable[nn.Module], given: frozenset[str], config: MHCConfig
+) -> MHCConfig:
+    """What is in force for a graph: the options that were given, else those of the conversion.
+
+    Args:
+        modules: those of the graph.
+        given: names of the options that were given at compilation.
+        config: these options, and defaults for the others.
 
     Raises:
-        ConfigError: with both values.
+        ConfigError: a given option contradicts the conversion; with both values.
     """
     mine = asdict(config)
-    hosts = (site.host for site in analysis.hosted)
-    known = (sites_of(host) for host in hosts if host is not None)
+    known = map(sites_of, modules)
     converted = next((sites.config for sites in known if sites is not None), None)
     if converted is None:
-        return
+        return config
     for name in sorted(given - _AT_COMPILE):
         if mine[name] != converted[name]:
             raise ConfigError(
@@ -164,6 +170,7 @@ def check_options(analysis: Analysis, given: frozenset[str], config: MHCConfig) 
                 f"{name}={converted[name]!r}: leave the option out, or mhc_compile.revert_(model) "
                 "and convert again"
             )
+    return replace(config, **{name: converted[name] for name in _AT_COMPILE - given})
 
 
 def _align(

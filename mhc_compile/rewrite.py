@@ -14,7 +14,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.convert import build_sites, select_sites
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.hosts import resolve_by_path
-from mhc_compile.match import Matches, sites_of
+from mhc_compile.match import Matches, settle_options, sites_of
 from mhc_compile.pipeline import Observer, improving_passes, rewrite_passes, run_passes
 from mhc_compile.site import MHCSites
 from mhc_compile.uses import new_uses
@@ -37,9 +37,9 @@ def rewrite(
     Args:
         model: the module; train or eval mode is baked in, as torch.export does.
         *args: example inputs, as the model takes them.
-        config: choices for a model that is not converted, and ``skip_passes``. What says how a
-            graph is compiled has no meaning here: ``inner``, ``on_eager``, and ``recompute``, whose
-            tags no backend would get to see.
+        config: choices for a model that is not converted, and ``skip_passes`` (that of the
+            conversion if None). What says how a graph is compiled has no meaning here: ``inner``,
+            ``on_eager``, and ``recompute``, whose tags no backend would get to see.
         dynamic_shapes: as ``torch.export.export`` takes them.
         observe: sees the canonical graph ("before") and the graph after each pass.
         **kwargs: further example inputs.
@@ -50,7 +50,8 @@ def rewrite(
     Raises:
         UnsupportedGraphError: the model cannot be exported, or its sites are not those recorded.
     """
-    config = select_sites(config or MHCConfig(), model, args, kwargs)
+    config = config or settle_options(model.modules(), frozenset(), MHCConfig())
+    config = select_sites(config, model, args, kwargs)
     exported = _export(model, args, kwargs, dynamic_shapes)
     scope = _ExportScope(model)
     matches = Matches(scope, config)

@@ -97,6 +97,25 @@ def test_inference_has_no_blocks_that_keep_seams_apart(
     assert settings == ["off", "off", "auto"]
 
 
+def test_what_conversion_was_told_holds_unless_compilation_is_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def watched(skip: Any, *, recompute: Any) -> list[Any]:
+        seen.append((skip, recompute))
+        return improving_passes(skip, recompute=recompute)
+
+    monkeypatch.setattr(backend, "improving_passes", watched)
+    x, model = example(), Net()
+    config = mhc_compile.MHCConfig(inner="aot_eager", recompute=1, skip_passes=("join_seams_pass",))
+    mhc_compile.convert_(model, x, config=config)
+    for options in ({}, {"recompute": "off"}):
+        torch._dynamo.reset()
+        torch.compile(model, backend="mhc", options=options)(x)
+    assert seen == [(("join_seams_pass",), 1), (("join_seams_pass",), "off")]
+
+
 def test_other_settings_are_refused() -> None:
     for setting in (0, -1, True, "on", 1.5):
         with pytest.raises(mhc_compile.ConfigError, match=r"recompute=.*'auto', 'off' or"):

@@ -77,6 +77,14 @@ def test_it_holds_mhc_ops_and_no_marker(skip: tuple[str, ...], sites: list[str])
     assert [op for op in ops if "mhc" in op] == expected
 
 
+def test_passes_that_the_conversion_left_out_stay_out() -> None:
+    x, model = example(), Net()
+    mhc_compile.convert_(model, x, config=MHCConfig(skip_passes=("join_seams_pass",)))
+    ops = [str(node.target) for node in mhc_compile.rewrite(model, x).graph.nodes]
+    assert ops.count("mhc.post.default") == 4
+    assert "mhc.seam.default" not in ops
+
+
 def test_dynamic_shapes_stay_dynamic() -> None:
     model = converted(Net(), example())
     shapes = ({0: Dim("batch"), 1: Dim("length")},)
