@@ -75,12 +75,13 @@ H100 = Device(
 
 _UNKNOWN = 1
 """Stands for a size that only the data tells."""
-_ATTENTION_ON_CPU = {  # the registry has those of GPUs only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        torch.ops.aten._scaled_dot_product_flash_attention
+_ATEN = torch.ops.aten
+_FORMULAS: dict[Any, Any] = flop_registry | {  # which lacks those of a CPU
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: (
+        flop_registry[_ATEN._scaled_dot_product_flash_attention]
     ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        flop_registry[_ATEN._scaled_dot_product_flash_attention_backward]
     ),
 }
 _VIEWS = frozenset({"aten::_unsafe_view", "aten::_reshape_alias"})
@@ -146,8 +147,7 @@ def node_flops(node: Node) -> int:
     """
     if _is_mhc(node):
         return _mhc_flops(node)
-    packet = getattr(node.target, "overloadpacket", node.target)
-    formula = flop_registry.get(_ATTENTION_ON_CPU.get(packet, packet))
+    formula = _FORMULAS.get(getattr(node.target, "overloadpacket", node.target))
     if formula is None:
         return 0
     # Formulas compare sizes, which would guard on symbolic ones: they get plain numbers.
