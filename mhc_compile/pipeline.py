@@ -12,12 +12,13 @@ from mhc_compile.passes.chains import Chain, rewrite_chains_pass
 from mhc_compile.passes.overlap import Overlap, overlap_collectives_pass
 from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.seams import join_seams_pass
+from mhc_compile.passes.split import split_sites_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
-OPTIONAL_PASSES = ("join_seams_pass", "overlap_collectives_pass")
+OPTIONAL_PASSES = ("join_seams_pass", "split_sites_pass", "overlap_collectives_pass")
 """The passes that only improve a graph, and so can be switched off."""
 
 
@@ -79,6 +80,8 @@ def lowered_passes(
     """
     passes: list[tuple[str, Pass]] = []
     if overlap != "off":
+        # First: it makes work for the windows that the next one fills.
+        passes.append(("split_sites_pass", split_sites_pass))
         schedule = functools.partial(overlap_collectives_pass, report=report)
         passes.append(("overlap_collectives_pass", schedule))
     return [(name, function) for name, function in passes if name not in skip]

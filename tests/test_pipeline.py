@@ -41,7 +41,7 @@ def test_the_passes_and_their_order_are_these():
     assert names == ["tag_recompute_pass", "join_seams_pass"]
     assert lowered_passes() == []
     names = [name for name, _ in lowered_passes(overlap="auto")]
-    assert names == ["overlap_collectives_pass"]
+    assert names == ["split_sites_pass", "overlap_collectives_pass"]
 
 
 def test_passes_that_only_improve_can_be_left_out_by_name():
