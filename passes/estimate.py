@@ -1,0 +1,214 @@
+"""How long a node of an ATen graph takes: an estimate from its bytes and flops.
+
+    seconds = launch + max(flops / rate, bytes / bandwidth)
+
+A roofline, for decisions and simulations and not for reports: it knows no caches and no fusion, so
+the pointwise operations that Inductor joins are counted one by one. Every tensor is read and
+written once; an mhc op then moves what `mhc_compile.kernels.traffic.least_rows` says. Views cost
+nothing. Symbolic sizes count with their hints and add no guards.
+
+Reference:
+    S. Williams, A. Waterman, D. Patterson, "Roofline", CACM 52(4), 2009.
+"""
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+from mhc_compile.passes.collectives import is_collective, is_wait, tensors
+from mhc_compile.passes.states import spec_of
+from mhc_compile.passes.values import value_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """What one device, and the link that joins it to its peers, do in a second."""
+
+    name: str
+    single_flops: float
+    """Per second, in float32 (and wider: the estimate does not tell float64 apart)."""
+    half_flops: float
+    """Per second, in types of two bytes or less."""
+    bandwidth: float
+    """Bytes per second that its memory reads and writes."""
+    launch: float
+    """Seconds that any operation takes at least."""
+    link_latency: float
+    """Seconds that any collective takes at least."""
+    link_bandwidth: float
+    """Bytes per second that one device sends."""
+
+
+CPU = Device(
+    name="one core of a server CPU, over Ethernet",
+    # Measured by `python -m benchmarks.overhead` and a copy of 64 MiB, on the machine that
+    # docs/performance.md names; one thread.
+    single_flops=85e9,
+    half_flops=190e9,
+    bandwidth=26e9,
+    launch=1.5e-6,
+    # Assumptions: TCP between two hosts, 10 Gbit/s.
+    link_latency=100e-6,
+    link_bandwidth=1.25e9,
+)
+H100 = Device(
+    name="NVIDIA H100 SXM, over NVLink",
+    # NVIDIA H100 Tensor Core GPU datasheet: 67 Tflop/s float32, 989 Tflop/s dense bfloat16,
+    # 3.35 TB/s, NVLink 900 GB/s of both directions together.
+    single_flops=67e12,
+    half_flops=989e12,
+    bandwidth=3.35e12,
+    link_bandwidth=450e9,
+    # Assumptions.
+    launch=4e-6,
+    link_latency=15e-6,
+)
+
+_UNKNOWN = 1
+"""Stands for a size that only the data tells."""
+_ATEN = torch.ops.aten
+_FORMULAS: dict[Any, Any] = flop_registry | {  # which lacks those of a CPU
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: (
+        flop_registry[_ATEN._scaled_dot_product_flash_attention]
+    ),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        flop_registry[_ATEN._scaled_dot_product_flash_attention_backward]
+    ),
+}
+_VIEWS = frozenset({"aten::_unsafe_view", "aten::_reshape_alias"})
+"""Views by what they do, though not by their schemas."""
+
+
+def device_of(graph: Graph) -> Device:
+    """The entry of the table for the device that the graph's tensors are on."""
+    for node in graph.nodes:
+        for tensor in tensors(value_of(node)):
+            return CPU if tensor.device.type == "cpu" else H100
+    return CPU
+
+
+def estimate(graph: Graph, device: Device) -> dict[Node, float]:
+    """`node_seconds` of every node, in the order of the graph."""
+    return {node: node_seconds(node, device) for node in graph.nodes}
+
+
+def node_seconds(node: Node, device: Device) -> float:
+    """Seconds of compute that a node takes; a collective only its launch, a wait nothing."""
+    if node.op not in ("call_function", "call_method") or is_free(node):
+        return 0.0
+    if is_collective(node):
+        return device.launch
+    outputs = tensors(value_of(node))
+    is_half = all(tensor.dtype.itemsize <= 2 for tensor in outputs) and not _is_mhc(node)
+    rate = device.half_flops if is_half else device.single_flops
+    return device.launch + max(node_flops(node) / rate, node_bytes(node) / device.bandwidth)
+
+
+def transfer_seconds(node: Node, device: Device) -> float:
+    """Seconds between the start of a collective and the end of its transfer, on an idle link.
+
+    In the limit of many ranks a ring all-reduce sends its tensor twice, any other collective the
+    larger one of what it takes and gives once.
+    """
+    read = bytes_of(operand for source in node.all_input_nodes for operand in _values(source))
+    sent = max(read, bytes_of(_values(node)))
+    passes = 2 if "all_reduce" in str(node.target) else 1
+    return device.link_latency + passes * sent / device.link_bandwidth
+
+
+def is_free(node: Node) -> bool:
+    """Whether a node runs no kernel: a view, a part of a tuple, a size, a wait."""
+    return shows_operand(node) or not tensors(value_of(node))
+
+
+def shows_operand(node: Node) -> bool:
+    """Whether a node's value lies in the memory of its first operand."""
+    if node.target is operator.getitem or is_wait(node):
+        return True
+    target = node.target
+    return isinstance(target, OpOverload) and (target.is_view or target._schema.name in _VIEWS)
+
+
+def node_bytes(node: Node) -> int:
+    """Bytes of all tensors that the node reads and writes, each once."""
+    read = (operand for source in node.all_input_nodes for operand in _values(source))
+    return bytes_of(read) + bytes_of(_values(node))
+
+
+def node_flops(node: Node) -> int:
+    """Floating point operations of products, convolutions and attention, as torch counts them.
+
+    Pointwise work and reductions are 0: their bytes take longer. So is a constraint of an mhc op:
+    20 Sinkhorn steps at n = 4 are about 1300 operations a token, its projection 192 C.
+    """
+    if _is_mhc(node):
+        return _mhc_flops(node)
+    formula = _FORMULAS.get(getattr(node.target, "overloadpacket", node.target))
+    if formula is None:
+        return 0
+    # Formulas compare sizes, which would guard on symbolic ones: they get plain numbers.
+    args, kwargs, out = pytree.tree_map_only(
+        Node, _plain, (node.args, dict(node.kwargs), _plain(node))
+    )
+    return int(formula(*args, **kwargs, out_val=out))
+
+
+def bytes_of(values: Iterable[torch.Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(math.prod(_shape(tensor)) * tensor.element_size() for tensor in values)
+
+
+def _values(node: Node) -> list[torch.Tensor]:
+    return tensors(value_of(node))
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(optimization_hint(size, fallback=_UNKNOWN) for size in tensor.shape)
+
+
+def _plain(node: Node) -> Any:
+    """The value of a node with meta tensors of plain sizes in place of its tensors."""
+    return pytree.tree_map_only(
+        torch.Tensor,
+        lambda tensor: torch.empty(_shape(tensor), dtype=tensor.dtype, device="meta"),
+        value_of(node),
+    )
+
+
+def _is_mhc(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == "mhc"
+
+
+def _mhc_flops(node: Node) -> int:
+    """Of an mhc op: its projection and its mixing, twice each in a backward."""
+    assert isinstance(node.target, OpOverload)
+    name = node.target._schema.name.removeprefix("mhc::")
+    op, _, backward = name.partition("_")
+    if op not in ("pre", "post", "seam"):
+        return 0
+    names = [argument.name for argument in node.target._schema.arguments]
+    state = _argument_shape(node, names, "X")
+    elements, n = math.prod(state), spec_of(node).streams
+    post = elements * (2 * n + 2)  # H_res X, and H_post f added
+    if op == "post":
+        return 2 * post if backward else post
+    width = _argument_shape(node, names, "bias")[0] if spec_of(node).dynamic else 0
+    pre = elements * (2 * width + 2)  # vec(X) phi, and H_pre X
+    if op == "pre":
+        return 2 * pre if backward else pre
+    return 2 * (pre + post) + post if backward else pre + post  # X' is made again
+
+
+def _argument_shape(node: Node, names: list[str], name: str) -> tuple[int, ...]:
+    source = node.args[names.index(name)]
+    assert isinstance(source, Node)
+    return _shape(value_of(source))
