@@ -11,6 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mhc_compile.convert import mhc_parameters
+from mhc_compile.split import Cut, PipelineSplit, split_stages
+
+__all__ = ["Cut", "PipelineSplit", "all_reduce_gradients_", "split_stages"]
 
 
 def all_reduce_gradients_(model: nn.Module, mesh: DeviceMesh) -> None:
