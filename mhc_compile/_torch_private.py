@@ -4,6 +4,7 @@
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils._pytree import tree_flatten
 
 from mhc_compile.errors import UnsupportedGraphError
 
@@ -180,6 +183,23 @@ def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return copy, where
 
 
+def copy_signature(source: Graph, target: Graph, *, inputs: bool, outputs: bool) -> None:
+    """Give ``target`` the call of the exported graph ``source``: its arguments, its result or both.
+
+    An exported graph takes and returns flat lists; what it shows to its caller is a tree.
+    """
+    info = getattr(source._codegen, "pytree_info", None)
+    if info is None or not (inputs or outputs):
+        return
+    names = [node.name for node in target.nodes if node.op == "placeholder"]
+    made = _PyTreeInfo(
+        orig_args=info.orig_args if inputs else names,
+        in_spec=info.in_spec if inputs else tree_flatten((tuple(names), {}))[1],
+        out_spec=info.out_spec if outputs else None,
+    )
+    target.set_codegen(_PyTreeCodeGen(made))
+
+
 def example_of(placeholder: Node) -> Any:
     """The real value Dynamo will pass for a placeholder of its graph."""
     return placeholder.meta["grapharg"].example
@@ -194,6 +214,12 @@ def fake_like(example: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
     with mode:
         made = torch.empty(shape, dtype=example.dtype, device=example.device)
     return made.requires_grad_(example.requires_grad)
+
+
+def is_pending(value: object) -> bool:
+    """Whether ``value`` is a collective of eager DTensor code that nobody has waited for yet."""
+    kind = sys.modules.get("torch.distributed._functional_collectives")  # not in every build
+    return kind is not None and isinstance(value, kind.AsyncCollectiveTensor)
 
 
 @dataclass(frozen=True, slots=True)
