@@ -18,10 +18,13 @@ from mhc_compile.passes.values import dims, dtype_of, source_line
 from mhc_compile.report import HandWritten, RejectedAdd, Report, Site, Trunk
 from mhc_compile.uses import SiteUse
 
-_PROJECTED = (
-    "the skip is projected once, from the mean of the streams, and its result starts new ones: "
-    "projecting every stream would cost n times as much"
-)
+_CHOICES = {
+    "projection": "the skip is projected once, from the mean of the streams, and its result starts "
+    "new ones: projecting every stream would cost n times as much",
+    "slice": "the skip is cut from the mean of the streams and starts new ones: the branch reads "
+    "more than this part, so that no streams of it could take its place",
+}
+"""By form: what the rewrite does where it had a choice, and why."""
 
 _BEHIND = ", as far as this side of a graph break shows (see the notes)"
 
@@ -75,7 +78,7 @@ def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: boo
         reason=use.reason,
         parameters=0 if planned is None else parameter_count(spec, planned.width),
         activation_bytes=0 if planned is None else activation_bytes(planned, spec),
-        choice=_PROJECTED if planned is not None and use.site.form == "projection" else "",
+        choice="" if planned is None else _CHOICES.get(use.site.form, ""),
     )
 
 
