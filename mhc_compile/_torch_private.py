@@ -3,7 +3,10 @@
 `tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
 """
 
+import contextlib
 import inspect
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -376,6 +379,56 @@ def passing_through(error: Exception) -> Exception:
         "__module__": kind.__module__, "__init__": init,
     })  # fmt: skip
     return cls(str(error)).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBreak:
+    """Where Dynamo could not go on, and what it says of it."""
+
+    source: str
+    """``file.py:123`` of the user's line."""
+    reason: str
+    """Its explanation, and the setting that it proposes where there is one."""
+
+
+class _BreakHandler(logging.Handler):
+    """Reads graph breaks off Dynamo's log: it keeps no list of those that give up a whole frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks: list[GraphBreak] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _BREAK.search(record.getMessage())
+        if found is not None:
+            path, line, text = found.groups()
+            lines = [part.strip() for part in text.splitlines()]
+            told = [part for part in lines if part.startswith("Explanation:")][:1] or lines[:1]
+            told += [p for p in lines if p.startswith("Hint:") and "torch._dynamo.config" in p]
+            reason = " ".join(told).removeprefix("Explanation: ")
+            name = path.replace(chr(92), "/").rsplit("/", 1)[-1]
+            self.breaks.append(GraphBreak(f"{name}:{line}", reason))
+
+
+_BREAK = re.compile(r"in user code at (.+):(\d+)\nGraph Break Reason: (.*)", re.DOTALL)
+
+
+@contextlib.contextmanager
+def watch_breaks() -> Iterator[list[GraphBreak]]:
+    """The graph breaks that happen inside, in their order; what the user logs stays the same."""
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    was_on, level, propagate = logger.isEnabledFor(logging.DEBUG), logger.level, logger.propagate
+    handler = _BreakHandler()
+    logger.addHandler(handler)
+    if not was_on:
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+    try:
+        yield handler.breaks
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def reset_dynamo() -> None:
