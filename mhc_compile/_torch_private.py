@@ -201,7 +201,7 @@ class Lowering:
     """Changes that graphs of AOTAutograd go through before they run, or Inductor compiles them."""
 
     run: Callable[[str, GraphModule], bool]
-    """Changes a graph, of phase "fw" or "bw", in place; returns whether it changed anything."""
+    """Changes a graph, of phase "fw" or "bw", in place; returns whether the order is to stay."""
     key: str
     """Settings that the result depends on; part of Inductor's cache key."""
     files: tuple[str, ...]

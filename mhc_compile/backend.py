@@ -29,7 +29,13 @@ from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, settle_options, sites_of
-from mhc_compile.pipeline import improving_passes, lowered_passes, rewrite_passes, run_passes
+from mhc_compile.pipeline import (
+    ORDERING_PASSES,
+    improving_passes,
+    lowered_passes,
+    rewrite_passes,
+    run_passes,
+)
 from mhc_compile.recorder import GraphRecord, Recorder, recorder_of_environment
 
 _PASSES = Path(passes.__file__).parent
@@ -144,10 +150,10 @@ def _lowering(
 
     def run(phase: str, gm: GraphModule) -> bool:
         observe = record.lowering(phase, gm) if record is not None else None
-        modified = run_passes(gm, (), lowered, observe)
-        if modified and recorder is not None:
+        changed = run_passes(gm, (), lowered, observe)
+        if changed and recorder is not None:
             write_recorded(recorder)
-        return modified
+        return not ORDERING_PASSES.isdisjoint(changed)
 
     names = " ".join(name for name, _ in lowered)
     return Lowering(run, names, tuple(map(str, sorted(_PASSES.glob("*.py")))))

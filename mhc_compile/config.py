@@ -87,8 +87,8 @@ class MHCConfig:
     graphs of AOTAutograd; where Inductor's own overlap scheduling is switched on, that does it.
     "off" leaves the order of the program."""
     skip_passes: tuple[str, ...] = ()
-    """Passes to leave out: ``join_seams_pass``, ``split_sites_pass``,
-    ``overlap_collectives_pass``. The result is the same, and slower."""
+    """Passes to leave out: ``join_seams_pass``, ``accumulate_gradients_pass``,
+    ``split_sites_pass``, ``overlap_collectives_pass``. The result is the same, and slower."""
     on_eager: OnEager = "raise"
     """What a converted model does when it is called without the "mhc" backend."""
 
