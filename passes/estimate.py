@@ -24,8 +24,8 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.collectives import is_collective, is_wait, tensors
-from mhc_compile.passes.states import spec_of
 from mhc_compile.passes.values import value_of
 
 
@@ -192,14 +192,12 @@ def _mhc_flops(node: Node) -> int:
     """Of an mhc op: its projection and its mixing, twice each in a backward."""
     assert isinstance(node.target, OpOverload)
     op, _, backward = node.target._schema.name.removeprefix("mhc::").partition("_")
-    sizes = {
-        argument.name: _shape(value_of(given))
-        for argument, given in zip(node.target._schema.arguments, node.args, strict=True)
-        if isinstance(given, Node)
-    }
+    names = (argument.name for argument in node.target._schema.arguments)
+    given = dict(zip(names, node.args, strict=False))  # those with a default may be missing
+    sizes = {name: _shape(value_of(arg)) for name, arg in given.items() if isinstance(arg, Node)}
     if op not in ("pre", "post", "seam", "collapse") or (op == "collapse" and "bias" not in sizes):
         return 0
-    elements, n = math.prod(sizes["X"]), spec_of(node).streams
+    elements, n = math.prod(sizes["X"]), SiteSpec.decode(str(given["spec"])).streams
     width = sizes["bias"][0] if "phi" in sizes else 0
     post = elements * (2 * n + 2)  # H_res X, and H_post f added
     pre = elements * (2 * width + 2)  # vec(X) phi, and H_pre X
