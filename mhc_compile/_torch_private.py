@@ -4,6 +4,7 @@
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,6 +195,12 @@ def fake_like(example: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
     with mode:
         made = torch.empty(shape, dtype=example.dtype, device=example.device)
     return made.requires_grad_(example.requires_grad)
+
+
+def is_pending(value: object) -> bool:
+    """Whether ``value`` is a collective of eager DTensor code that nobody has waited for yet."""
+    kind = sys.modules.get("torch.distributed._functional_collectives")  # not in every build
+    return kind is not None and isinstance(value, kind.AsyncCollectiveTensor)
 
 
 @dataclass(frozen=True, slots=True)

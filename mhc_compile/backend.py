@@ -21,6 +21,7 @@ from mhc_compile._torch_private import (
     schedules_collectives,
 )
 from mhc_compile.analysis import analyse
+from mhc_compile.awaited import await_inputs, awaited_examples
 from mhc_compile.binding import bind, lift_parameters
 from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
@@ -121,12 +122,15 @@ def compile_frame(
     borders.leave(copy, widening)
     improving = improving_passes(config.skip_passes, recompute=_recompute(config))
     run_passes(copy, (), improving, observe)
-    inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]
+    nodes = _inputs(copy)
+    given_inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in nodes]
+    inputs = awaited_examples(nodes, given_inputs)
     if recorder is not None and record is not None:
         record.rewritten(copy, widening, inputs)
         write_recorded(recorder)
     lowering = _lowering(config, recorder, record)
     compiled = borders.wrap(_lower(copy, inputs, config, mode, lowering))
+    compiled = await_inputs(compiled, given_inputs)
     return watch_ends(compiled, analysis, frame) if is_lazy else compiled
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -66,3 +67,21 @@ def test_fsdp_carries_the_streams_from_block_to_block(per_block: bool) -> None:
     output, gradients = run(call, sharded, x)
     full = {name: gradient.full_tensor() for name, gradient in gradients.items()}
     assert_same((output, full), expected)
+
+
+def test_what_comes_before_a_collective_that_is_on_its_way_is_trained() -> None:
+    x = example()
+    model = converted(Net(), x)
+    expected = run(compiled(model, "aot_eager"), model, x)
+    stem, kinds = model.get_submodule("stem"), []
+
+    def send(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
+        pending = functional.all_reduce(output, "sum", dist.group.WORLD)
+        kinds.append(type(pending))
+        return pending
+
+    compile_blocks_(model.get_submodule("blocks"), "aot_eager")
+    with stem.register_forward_hook(send):
+        found = run(model, model, x)
+    assert kinds == [functional.AsyncCollectiveTensor]
+    assert_same(found, expected)
