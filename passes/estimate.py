@@ -127,9 +127,14 @@ def transfer_seconds(node: Node, device: Device) -> float:
 
 def is_free(node: Node) -> bool:
     """Whether a node runs no kernel: a view, a part of a tuple, a size, a wait."""
-    target = node.target
-    if target is operator.getitem or is_wait(node) or not tensors(value_of(node)):
+    return shows_operand(node) or not tensors(value_of(node))
+
+
+def shows_operand(node: Node) -> bool:
+    """Whether a node's value lies in the memory of its first operand."""
+    if node.target is operator.getitem or is_wait(node):
         return True
+    target = node.target
     return isinstance(target, OpOverload) and (target.is_view or target._schema.name in _VIEWS)
 
 
