@@ -1,4 +1,4 @@
-"""Which branches of a graph are MLPs, and which kernels go with them to the side stream.
+"""Which kernels of a graph go to the side stream: those of the streams around MLP branches.
 
 A branch holds attention if it multiplies two values that both come from data; an MLP multiplies
 data by weights alone. In the backward each such product gives two: the gradient of its result is
@@ -7,15 +7,14 @@ know weights from saved activations, or the name of a module.
 """
 
 import operator
-from collections.abc import Iterable
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from mhc_compile.passes.collectives import is_collective, is_wait
-from mhc_compile.passes.opnames import first_input, op_name, two_inputs
-from mhc_compile.passes.states import POST, PRE, SEAM
+from mhc_compile.passes.opnames import op_name, two_inputs
+from mhc_compile.passes.states import EXPAND, POST, PRE, SEAM
 from mhc_compile.passes.stream_graph import kernel_inputs, kernel_users, launches, maker
 from mhc_compile.passes.vocabulary import CONVOLUTION, MATMUL, RECURRENT, is_opaque
 
@@ -26,18 +25,23 @@ _DF = 1
 
 
 def side_kernels(graph: Graph) -> set[Node]:
-    """The kernels of the streams that belong to MLP branches.
+    """The kernels of the streams that belong to MLP branches, and those that wait for no gradient.
 
-    These are the post or seam of such a branch, its backward, and its replay in the backward; the
-    pre of the next site, where a block of recomputation keeps it from being joined to a seam; and
-    what only they read: the second halves of split mappings, sums of gradients of the state.
+    The first are the post or seam of such a branch, and its backward; the pre of the next site,
+    where a block of recomputation keeps it from being joined to a seam; and what only they read:
+    the second halves of split mappings, sums of gradients of the state. The second are what a
+    backward makes again: a graph with backwards has every other op for that alone.
 
     Args:
         graph: a forward or a backward graph of AOTAutograd, or one that has no gradients.
     """
-    chosen = _exits_of_mlps(graph)
+    backward = {node: _is_mlp_backward(node) for node in graph.nodes if node.target in _BACKWARD}
+    chosen = {node for node, is_mlp in backward.items() if is_mlp}
     for node in graph.nodes:
-        if node.target is PRE and maker(node.args[0]) in chosen:
+        is_replay = bool(backward) and node.target in (EXPAND, PRE, POST, SEAM)
+        is_next = node.target is PRE and maker(node.args[0]) in chosen
+        is_exit = node.target in (POST, SEAM) and _is_mlp_forward(_branch_output(node))
+        if is_replay or is_next or is_exit:
             chosen.add(node)
     for node in reversed(graph.nodes):
         if launches(node) and (is_mhc(node) or node.target is torch.ops.aten.add.Tensor):
@@ -52,27 +56,12 @@ def is_mhc(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target.namespace == "mhc"
 
 
-def _exits_of_mlps(graph: Graph) -> set[Node]:
-    """Every post and seam of an MLP branch, and their backwards."""
-    backward = {node: _is_mlp_backward(node) for node in graph.nodes if node.target in _BACKWARD}
-    replayed = {maker(_branch_output(node)): is_mlp for node, is_mlp in backward.items()}
-    chosen = {node for node, is_mlp in backward.items() if is_mlp}
-    for node in graph.nodes:
-        if node.target in (POST, SEAM):
-            f = maker(_branch_output(node))
-            # The backward sees only what the branch has saved: its own backward says what it was.
-            is_mlp = replayed[f] if f in replayed else _is_mlp_forward(f)
-            if is_mlp:
-                chosen.add(node)
-    return chosen
-
-
 def _branch_output(node: Node) -> Node:
     assert isinstance(node.target, OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
     f = node.args[names.index("f")]
     assert isinstance(f, Node)
-    return f
+    return maker(f)
 
 
 def _is_mlp_forward(f: Node) -> bool:
@@ -95,10 +84,7 @@ def _is_mlp_forward(f: Node) -> bool:
 
 def _is_mlp_backward(node: Node) -> bool:
     """Whether no gradient between the output and the input of the branch is multiplied twice."""
-    (df, *_) = [user for user in node.users if _part(user) == _DF] or [None]
-    if df is None:
-        return False
-    region = _between(df)
+    region = {kernel for user in node.users if _part(user) == _DF for kernel in _between(user)}
     multiplied: set[Node] = set()
     for kernel in region:
         if _hides(kernel):

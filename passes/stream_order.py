@@ -1,50 +1,44 @@
 """The order in which the host issues kernels, so that a side stream has something to run beside.
 
-    gradient, weight gradient, norm backward, SIDE   ->   gradient, norm backward, SIDE, weight gradient
+    gradient, weight gradient, norm, SIDE   ->   gradient, norm, SIDE, weight gradient
 
-A stream runs its kernels in order: what stands before a side kernel delays it, though it may have
-nothing to do with it. Such kernels go right behind it.
+A stream runs its kernels in order: what stands before a side kernel may delay it without having
+anything to do with it. Such kernels go right behind it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch.fx import Graph, Node
 
-from mhc_compile.passes.collectives import is_collective, is_wait
+from mhc_compile.passes.schedule import dependences
 
 
 def deferred_order(graph: Graph, side: Collection[Node]) -> list[Node]:
-    """The nodes of a graph, those that a side kernel need not wait for right behind it.
+    """The nodes of a graph, those that a side kernel need not come after right behind it.
 
-    Every node moves behind one side kernel at most, so that no value lives much longer. Nodes with
-    side effects, random numbers and collectives stay in their order, and so does what they need.
+    A node moves behind one side kernel at most, so that no value lives much longer.
 
     Args:
         graph: a functional graph; it stays as it is.
         side: its kernels on side streams.
     """
+    before = dependences(list(graph.nodes))
     order: list[Node] = []
     segment: list[Node] = []
     for node in graph.nodes:
         segment.append(node)
         if node in side:
-            needed = _needed(segment, node)
+            needed = _needed(segment, node, before)
             order += [n for n in segment if n in needed]
-            moved = [n for n in segment if n not in needed]
-            order += moved
+            order += [n for n in segment if n not in needed]
             segment = []
     return order + segment
 
 
-def _needed(segment: list[Node], goal: Node) -> set[Node]:
-    """Of a segment that ends with ``goal``: what has to come before it, and itself."""
+def _needed(segment: list[Node], goal: Node, before: Mapping[Node, set[Node]]) -> set[Node]:
+    """Of a segment that ends with ``goal``: itself, and what it has to come after."""
     needed = {goal}
     for node in reversed(segment):
-        if node in needed or _stays(node):
-            needed.add(node)
-            needed.update(node.all_input_nodes)
+        if node in needed or node.op in ("placeholder", "get_attr"):
+            needed |= {node, *before[node]}
     return needed
-
-
-def _stays(node: Node) -> bool:
-    return node.is_impure() or is_collective(node) or is_wait(node)

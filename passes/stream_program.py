@@ -168,7 +168,9 @@ class _State:
         """The streams that may still use ``storage`` when its owner overwrites it."""
         known = self.clocks.get(self.owner[storage], {})
         uses = self.touched[storage]
-        return sorted(stream for stream, position in uses.items() if known.get(stream, -1) < position)
+        return sorted(
+            stream for stream, position in uses.items() if known.get(stream, -1) < position
+        )
 
     def _covers(self, event: int, position: int) -> bool:
         """Whether waiting for ``event`` also waits for the launch at ``position``."""

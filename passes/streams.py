@@ -3,9 +3,10 @@
     main   ... | mlp backward | weight gradients of attention | attention ...
     side                      | seam backward |
 
-What a branch leaves behind (its post or seam, and the backward of that) is short, limited by memory,
-and what comes next waits for it; products of weights, which nothing waits for, stand before it on a
-single stream. On a stream of its own, of high priority, it overtakes them.
+What follows a branch (its post or seam, and the backward of that) is short and limited by memory,
+and all that comes next waits for it. On a single stream the gradients of weights, which nothing
+waits for, stand before it; on a stream of its own, of high priority, it overtakes them. So do the
+states that the backward makes again from saved ones.
 
 The plan is checked for races before anybody sees it, and kept only where the estimate says that it
 gains time. `stream_lowering` writes it into graphs for devices that have streams.
@@ -23,15 +24,16 @@ from torch.fx.passes.infra.pass_base import PassResult
 from mhc_compile.passes.collectives import is_collective
 from mhc_compile.passes.estimate import H100, Device, node_seconds, transfer_seconds
 from mhc_compile.passes.happens_before import check_program
+from mhc_compile.passes.schedule import reorder
 from mhc_compile.passes.simulate import Costs, Timeline, simulate
 from mhc_compile.passes.stream_branches import side_kernels
 from mhc_compile.passes.stream_graph import launches, steps_of
 from mhc_compile.passes.stream_order import deferred_order
-from mhc_compile.passes.stream_program import MAIN, Program, synchronize
+from mhc_compile.passes.stream_program import Program, synchronize
 
 SIDE = 1
 STREAM, PLAN = "mhc_stream", "mhc_streams"
-"""Keys of ``node.meta`` (the stream of a kernel, if it is not `MAIN`) and ``gm.meta`` (the plan)."""
+"""Keys of ``node.meta`` (the stream of a side kernel) and of ``gm.meta`` (the plan)."""
 _SYNC = 1e-6
 """Seconds in which the host records an event or waits for one: an assumption."""
 
@@ -43,8 +45,10 @@ class StreamPlan:
     program: Program
     side: tuple[str, ...]
     """Kernels on the side stream."""
+    order: tuple[str, ...]
+    """All nodes, as the host has to reach them."""
     one: Timeline
-    """The graph on a single stream."""
+    """The graph as it was, on a single stream."""
     two: Timeline
 
     @property
@@ -70,7 +74,8 @@ def plan_streams(graph: Graph, device: Device = H100) -> StreamPlan:
     costs = costs_of(graph, device)
     return StreamPlan(
         program=program,
-        side=tuple(node.name for node in graph.nodes if node in side),
+        side=tuple(node.name for node in order if node in side),
+        order=tuple(node.name for node in order),
         one=simulate(tuple(steps_of(graph.nodes, {})), costs),
         two=simulate(program, costs),
     )
@@ -92,9 +97,10 @@ def costs_of(graph: Graph, device: Device) -> Costs:
 
 
 def assign_streams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
-    """Note a plan for two streams in ``gm.meta`` and the streams of kernels in their ``meta``.
+    """Put the nodes of a graph in the order of a plan for two streams, and note the plan.
 
-    Nothing is noted where the plan would gain nothing. The graph itself stays as it is.
+    The plan goes to ``gm.meta``, the streams of kernels to their ``meta``. A graph to which the
+    plan would gain nothing stays as it is. Results are bitwise the same either way.
 
     Args:
         gm: a forward or backward graph of AOTAutograd.
@@ -109,9 +115,9 @@ def assign_streams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassR
     plan = plan_streams(gm.graph)
     if not plan.gains:
         return PassResult(gm, False)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    reorder(gm.graph, [nodes[name] for name in plan.order])
+    for name in plan.side:
+        nodes[name].meta[STREAM] = SIDE
     gm.meta[PLAN] = plan
-    side = set(plan.side)
-    for node in gm.graph.nodes:
-        if node.name in side:
-            node.meta[STREAM] = SIDE
     return PassResult(gm, True)
