@@ -40,14 +40,13 @@ def find_races(program: Program) -> list[Race]:
     launches: list[Launch] = []
     done: dict[int, int] = defaultdict(int)  # stream -> set of launches
     events: dict[int, int] = {}
-    written: dict[str, int] = {}
+    written: dict[str, int] = defaultdict(int)
     read: dict[str, int] = defaultdict(int)
     held: dict[str, set[int]] = defaultdict(set)
-    users: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    users: dict[str, int] = defaultdict(int)
     races: list[Race] = []
 
-    def unordered(storage: str, uses: int, stream: int, second: str) -> None:
-        left = uses & ~done[stream]
+    def unordered(storage: str, left: int, second: str) -> None:
         while left:
             lowest = left & -left
             races.append(Race(storage, launches[lowest.bit_length() - 1].name, second))
@@ -62,22 +61,24 @@ def find_races(program: Program) -> list[Race]:
             case Hold(storage, stream):
                 held[storage].add(stream)
             case Free(storage):
-                for stream, uses in users[storage].items():
-                    if stream not in held[storage]:
-                        unordered(storage, uses, owner[storage], "")
+                known = done[owner[storage]]
+                for stream in held[storage]:
+                    known |= done[stream]
+                unordered(storage, users[storage] & ~known, "")
             case Launch(name, stream, reads, writes):
                 mark = 1 << len(launches)
                 launches.append(step)
                 for storage in reads:
-                    unordered(storage, written.get(storage, 0), stream, name)
+                    unordered(storage, written[storage] & ~done[stream], name)
                 for storage in writes:
-                    unordered(storage, written.get(storage, 0) | read[storage], stream, name)
+                    uses = written[storage] | read[storage]
+                    unordered(storage, uses & ~done[stream], name)
                 for storage in reads:
                     read[storage] |= mark
-                    users[storage][stream] |= mark
+                    users[storage] |= mark
                 for storage in writes:
                     written[storage], read[storage] = mark, 0
-                    users[storage][stream] |= mark
+                    users[storage] |= mark
                 done[stream] |= mark
     return races
 

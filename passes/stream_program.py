@@ -165,12 +165,15 @@ class _State:
         return sorted(events)
 
     def free(self, storage: str) -> list[int]:
-        """The streams that may still use ``storage`` when its owner overwrites it."""
-        known = self.clocks.get(self.owner[storage], {})
+        """The streams to wait for before the owner of ``storage`` may overwrite it."""
+        known = self.clocks[self.owner[storage]]
         uses = self.touched[storage]
-        return sorted(
-            stream for stream, position in uses.items() if known.get(stream, -1) < position
-        )
+        held = [stream for stream, last in uses.items() if known.get(stream, -1) < last]
+        for stream in tuple(held):
+            others = (self.clocks[other] for other in held if other != stream)
+            if any(clock.get(stream, -1) >= uses[stream] for clock in others):
+                held.remove(stream)
+        return sorted(held)
 
     def _covers(self, event: int, position: int) -> bool:
         """Whether waiting for ``event`` also waits for the launch at ``position``."""
