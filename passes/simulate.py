@@ -79,8 +79,7 @@ def simulate(program: Program, costs: Costs) -> Timeline:
             case Launch(name, stream, reads, writes, link):
                 seconds = costs.kernels.get(name, 0.0)
                 if link == "wait":
-                    arrived = (arrival.get(storage, 0.0) for storage in reads)
-                    free[stream] = max(free[stream], *arrived)
+                    free[stream] = max(free[stream], *(arrival.get(name, 0.0) for name in reads))
                     continue
                 now += costs.launch if seconds else 0.0
                 end = run(name, stream, now, seconds)
@@ -92,7 +91,7 @@ def simulate(program: Program, costs: Costs) -> Timeline:
                 events[event] = max(now, free[stream])
             case Wait(event, stream):
                 now += costs.sync
-                free[stream] = max(free[stream], events.get(event, 0.0))
+                free[stream] = max(free[stream], events[event])
             case _:
                 now += costs.sync
     return Timeline(tuple(spans), max(now, *free.values(), 0.0), now)
