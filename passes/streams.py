@@ -96,7 +96,9 @@ def costs_of(graph: Graph, device: Device) -> Costs:
     )
 
 
-def assign_streams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
+def assign_streams_pass(
+    gm: GraphModule, example_inputs: Sequence[Any], *, device: Device = H100
+) -> PassResult:
     """Put the nodes of a graph in the order of a plan for two streams, and note the plan.
 
     The plan goes to ``gm.meta``, the streams of kernels to their ``meta``. A graph to which the
@@ -105,6 +107,7 @@ def assign_streams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassR
     Args:
         gm: a forward or backward graph of AOTAutograd.
         example_inputs: ignored.
+        device: whose costs to reckon with.
 
     Raises:
         VerificationError: see `plan_streams`.
@@ -112,7 +115,7 @@ def assign_streams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassR
     del example_inputs
     if PLAN in gm.meta:
         return PassResult(gm, False)
-    plan = plan_streams(gm.graph)
+    plan = plan_streams(gm.graph, device)
     if not plan.gains:
         return PassResult(gm, False)
     nodes = {node.name: node for node in gm.graph.nodes}
