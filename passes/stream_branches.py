@@ -14,11 +14,12 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.collectives import is_collective, is_wait
 from mhc_compile.passes.opnames import op_name, two_inputs
-from mhc_compile.passes.states import EXPAND, POST, PRE, SEAM
+from mhc_compile.passes.states import POST, PRE, SEAM
 from mhc_compile.passes.stream_graph import kernel_inputs, kernel_users, launches, maker
 from mhc_compile.passes.vocabulary import CONVOLUTION, MATMUL, RECURRENT, is_opaque
 
 _BACKWARD = (torch.ops.mhc.post_backward.default, torch.ops.mhc.seam_backward.default)
+_REPLAYED = (PRE, POST, SEAM)
 _PRODUCTS = MATMUL | CONVOLUTION
 _DF = 1
 """Which result of a backward of post or seam is the gradient of the branch output."""
@@ -38,15 +39,17 @@ def side_kernels(graph: Graph) -> set[Node]:
     backward = {node: _is_mlp_backward(node) for node in graph.nodes if node.target in _BACKWARD}
     chosen = {node for node, is_mlp in backward.items() if is_mlp}
     for node in graph.nodes:
-        is_replay = bool(backward) and node.target in (EXPAND, PRE, POST, SEAM)
+        is_replay = bool(backward) and node.target in _REPLAYED
         is_next = node.target is PRE and maker(node.args[0]) in chosen
         is_exit = node.target in (POST, SEAM) and _is_mlp_forward(_branch_output(node))
         if is_replay or is_next or is_exit:
             chosen.add(node)
     for node in reversed(graph.nodes):
-        if launches(node) and (is_mhc(node) or node.target is torch.ops.aten.add.Tensor):
+        if is_mhc(node) or _is_sum_of_states(node):
             users = {user for user in kernel_users(node) if user.op != "output"}
-            if users and users <= chosen:
+            serves_only = bool(users) and users <= chosen
+            is_entry = bool(backward) and any(user.target in _REPLAYED for user in users)
+            if serves_only or is_entry:
                 chosen.add(node)
     return chosen
 
@@ -54,6 +57,13 @@ def side_kernels(graph: Graph) -> set[Node]:
 def is_mhc(node: Node) -> bool:
     """Whether the node is one of our operators."""
     return isinstance(node.target, OpOverload) and node.target.namespace == "mhc"
+
+
+def _is_sum_of_states(node: Node) -> bool:
+    """Whether the node adds gradients of the state that ops of the streams have made."""
+    if node.target is not torch.ops.aten.add.Tensor:
+        return False
+    return all(is_mhc(n) or _is_sum_of_states(n) for n in kernel_inputs(node))
 
 
 def _branch_output(node: Node) -> Node:

@@ -17,7 +17,7 @@ from mhc_compile.passes.opnames import first_input
 from mhc_compile.passes.stream_program import MAIN, Free, Launch, Step
 from mhc_compile.passes.values import value_of
 
-ENTRY, EXIT = "inputs", "outputs"
+ENTRY, EXIT = "<inputs>", "<outputs>"
 """Launches that stand for whatever made the inputs, and for whatever reads the outputs and may
 overwrite the inputs (an optimizer step)."""
 

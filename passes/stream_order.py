@@ -6,6 +6,7 @@ A stream runs its kernels in order: what stands before a side kernel may delay i
 anything to do with it. Such kernels go right behind it.
 """
 
+import operator
 from collections.abc import Collection, Mapping
 
 from torch.fx import Graph, Node
@@ -32,7 +33,16 @@ def deferred_order(graph: Graph, side: Collection[Node]) -> list[Node]:
             order += [n for n in segment if n in needed]
             order += [n for n in segment if n not in needed]
             segment = []
-    return order + segment
+    return [n for node in order + segment if not _is_part(node) for n in (node, *parts(node))]
+
+
+def parts(node: Node) -> list[Node]:
+    """What is taken out of a result of several values, which stays with it."""
+    return [part for user in node.users if _is_part(user) for part in (user, *parts(user))]
+
+
+def _is_part(node: Node) -> bool:
+    return node.target is operator.getitem
 
 
 def _needed(segment: list[Node], goal: Node, before: Mapping[Node, set[Node]]) -> set[Node]:

@@ -15,7 +15,7 @@ Paper: arXiv 2512.24880, section 4.3.3: the kernels after an FFN on a high-prior
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Graph, GraphModule
@@ -29,7 +29,7 @@ from mhc_compile.passes.simulate import Costs, Timeline, simulate
 from mhc_compile.passes.stream_branches import side_kernels
 from mhc_compile.passes.stream_graph import launches, steps_of
 from mhc_compile.passes.stream_order import deferred_order
-from mhc_compile.passes.stream_program import Program, synchronize
+from mhc_compile.passes.stream_program import MAIN, Launch, Program, synchronize
 
 SIDE = 1
 STREAM, PLAN = "mhc_stream", "mhc_streams"
@@ -76,9 +76,16 @@ def plan_streams(graph: Graph, device: Device = H100) -> StreamPlan:
         program=program,
         side=tuple(node.name for node in order if node in side),
         order=tuple(node.name for node in order),
-        one=simulate(tuple(steps_of(graph.nodes, {})), costs),
+        one=simulate(_on_one_stream(graph, program), costs),
         two=simulate(program, costs),
     )
+
+
+def _on_one_stream(graph: Graph, program: Program) -> Program:
+    """The launches of a program on the main stream, in the order of the graph."""
+    launched = {step.name: step for step in program if isinstance(step, Launch)}
+    steps = (launched[node.name] for node in graph.nodes if node.name in launched)
+    return tuple(replace(step, stream=MAIN) for step in steps)
 
 
 def costs_of(graph: Graph, device: Device) -> Costs:

@@ -123,7 +123,7 @@ def test_the_error_names_both_kernels_and_how_to_go_on() -> None:
     with pytest.raises(VerificationError, match=r"5 races: 'b' does not wait for 'a0'.*2 more"):
         check_program(program)
     with pytest.raises(VerificationError, match="the block of 'a' is reused while 'b' may"):
-        check_program(synchronize([make("a", 0), make("b", 1, "a")]) + (Free("a"),))
+        check_program((*synchronize([make("a", 0), make("b", 1, "a")]), Free("a")))
 
 
 @st.composite

@@ -19,7 +19,7 @@ from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.stream_branches import side_kernels
 from mhc_compile.passes.stream_graph import launches, steps_of, storages
 from mhc_compile.passes.stream_order import deferred_order
-from mhc_compile.passes.stream_program import Launch, Record, Wait, synchronize
+from mhc_compile.passes.stream_program import Launch, Wait, synchronize
 from mhc_compile.passes.streams import PLAN, STREAM, StreamPlan, assign_streams_pass, plan_streams
 from tests.models.zoo import build
 from tests.passes.stream_oracle import assert_sound, mutants, sanitizer_errors
@@ -239,10 +239,9 @@ def test_gradients_of_weights_go_behind_the_side_kernel_they_delay(
 
     order = deferred_order(graph, chosen)
     assert set(order) == set(graph.nodes)
-    # Before: MLP and attention, gradients of data and of weights. After: without those of the
-    # attention, which nothing before the seam reads; those of the MLP stand before other work.
+    # Of MLP and attention: two gradients of data each, which the seam needs, two of weights.
     assert products_before(graph.nodes) == 8
-    assert products_before(order) == 6
+    assert products_before(order) == 4
     position = {node: number for number, node in enumerate(order)}
     assert all(position[n] < position[node] for node in order for n in node.all_input_nodes)
 
@@ -323,7 +322,8 @@ def test_sizes_may_be_symbolic() -> None:
     x = torch.randn(SHAPE)
     torch._dynamo.mark_dynamic(x, 1)
     found = lowered(transformer(), x)
-    assert any("Sym" in str(node.meta.get("val")) for node in found["bw"].graph.nodes)
+    values = [node.meta["val"] for node in found["bw"].graph.find_nodes(op="placeholder")]
+    assert any(isinstance(value, torch.SymInt) for value in values)
     plan = plan_streams(found["bw"].graph, SLOW)
     assert plan.gains
     assert find_races(plan.program) == []
@@ -347,9 +347,7 @@ def test_every_sync_of_a_plan_is_missed_by_the_checker_and_by_the_sanitizer(
     recompute: Any,
 ) -> None:
     for gm in lowered(transformer(), recompute=recompute).values():
-        plan = plan_streams(gm.graph)
-        assert {Record, Wait} <= set(map(type, plan.program))
-        assert assert_sound(plan.program) > 5
+        assert assert_sound(plan_streams(gm.graph).program) > 5
 
 
 def assert_plans_sound(name: str) -> None:
@@ -358,11 +356,10 @@ def assert_plans_sound(name: str) -> None:
     model.train()
     _, found = lowered_graphs(model, config=MHCConfig(kernels="reference"), **inputs)
     for graph in found:
-        plan = plan_streams(graph.gm.graph)
-        assert_sound(plan.program)
+        assert_sound(plan_streams(graph.gm.graph).program)
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet18"])
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_plans_of_real_models_are_sound(name: str) -> None:
     assert_plans_sound(name)
 
@@ -370,7 +367,7 @@ def test_plans_of_real_models_are_sound(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "t5", "vit", "mixtral", "gemma2", "bert", "whisper", "mamba", "swin_hf", "convnext"],
+    ["llama", "resnet18", "t5", "mixtral", "gemma2", "bert", "whisper", "mamba", "swin_hf", "dit"],
 )
 def test_plans_of_more_models_are_sound(name: str) -> None:
     assert_plans_sound(name)
