@@ -83,7 +83,8 @@ _PARTS = (
         "kernels",
         "Generated Triton kernels",
         (),
-        "Counted, not timed: bytes by Triton's interpreter, registers by its compilers.",
+        "Counted, not timed: rows of one stream per token by Triton's interpreter, and what its "
+        "compilers take for each target: registers / spilled bytes / KB of shared memory.",
     ),
 )
 
@@ -123,12 +124,25 @@ def _page(found: Mapping[_Part, Any]) -> str:
     ]
     for part, result in found.items():
         command = " ".join(("python -m", f"benchmarks.{part.name}", *part.arguments))
-        rows = result if isinstance(result, list) else result["rows"]
-        lines += ["", f"## {part.title}", "", f"`{command}`", "", part.text, "", *_table(rows)]
+        lines += ["", f"## {part.title}", "", f"`{command}`", "", part.text]
+        for rows in _tables(result):
+            lines += ["", *_table(rows)]
         if isinstance(result, dict) and "gflops" in result:
             rates = ", ".join(f"C={w}: {rate:.0f}" for w, rate in result["gflops"].items())
             lines += ["", f"Gflop/s of a plain product: {rates}."]
     return "\n".join(lines) + "\n"
+
+
+def _tables(result: Any) -> list[Sequence[Mapping[str, Any]]]:
+    if isinstance(result, list):
+        return [result]
+    if "resources" not in result:
+        return [result["rows"]]
+    taken: dict[str, dict[str, Any]] = {}  # a row for each kernel, a column for each target
+    for row in result["resources"]:
+        cell = f"{row['registers']} / {row['spills']} / {row['shared'] / 1024:.0f}"
+        taken.setdefault(row["kernel"], {"kernel": row["kernel"]})[row["target"]] = cell
+    return [result["bytes"], list(taken.values())]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -179,6 +179,7 @@ def pre_backward(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: str,
+    dX_more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `pre` from those of its first three outputs; reads the state once.
 
@@ -192,6 +193,8 @@ def pre_backward(
         alpha: see there.
         saved: fourth output of `pre`.
         spec: see there.
+        dX_more: what ``X`` gets from its other readers, added to the gradient of ``X``; as an
+            argument it saves a pass over three states.
 
     Returns:
         Gradients of ``X``, ``phi``, ``bias`` and ``alpha``, each in the dtype of its tensor; empty
@@ -202,9 +205,11 @@ def pre_backward(
     """
     site = SiteSpec.decode(spec)
     _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
+    if dX_more is not None:
+        check_tensor("mhc::pre_backward", "dX_more", dX_more, X.shape, X)
     tensors = (du, dh_post, dh_res, phi, bias, alpha, saved)
-    if kernels := launcher("mhc::pre_backward", site, X, *tensors):
-        return kernels.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
+    if kernels := launcher("mhc::pre_backward", site, X, *tensors, dX_more):
+        return kernels.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site, dX_more)
     constraint, dtype = constraint_of(site), coefficient_dtype(X)
     n, groups = site.streams, _groups(site, constraint)
     with torch.autocast(X.device.type, enabled=False):
@@ -240,6 +245,8 @@ def pre_backward(
             )
             grad_x = grad_x + through_phi
             grad_phi, grad_alpha = grad_phi.to(phi.dtype), grad_alpha.to(alpha.dtype)
+        if dX_more is not None:
+            grad_x = grad_x + state_to_tokens(dX_more, site.dim, dtype)
     return tokens_to_state(grad_x, X, site.dim), grad_phi, grad_bias.to(bias.dtype), grad_alpha
 
 
@@ -273,6 +280,7 @@ def _(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: str,
+    dX_more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, SiteSpec.decode(spec))
     empty = X.new_empty(0, dtype=coefficient_dtype(X))

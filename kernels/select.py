@@ -47,6 +47,7 @@ class Launcher(Protocol):
         alpha: torch.Tensor | None,
         saved: torch.Tensor,
         spec: SiteSpec,
+        dX_more: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """``mhc::pre_backward``."""
 

@@ -15,9 +15,9 @@ def least_rows(streams: int) -> dict[str, int]:
     """
     n = streams
     return {
-        "expand": 1 + n,  # x -> X
         "pre": n + 1,  # X -> u
         "pre_backward": n + 1 + n,  # X, du -> dX
+        "pre_backward, more": n + 1 + 2 * n,  # X, du, what else X gets -> dX
         "post": n + 1 + n,  # X, f -> X'
         "post_backward": 2 * n + 1 + n + 1,  # dX', X, f -> dX, df
         "seam": n + 1 + n + 1,  # X, f -> X', u

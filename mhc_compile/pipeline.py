@@ -9,14 +9,16 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.canonicalize import canonicalize_pass
 from mhc_compile.passes.chains import Chain, rewrite_chains_pass
+from mhc_compile.passes.overlap import Overlap, overlap_collectives_pass
 from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.seams import join_seams_pass
+from mhc_compile.passes.split import split_sites_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
-OPTIONAL_PASSES = ("join_seams_pass",)
+OPTIONAL_PASSES = ("join_seams_pass", "split_sites_pass", "overlap_collectives_pass")
 """The passes that only improve a graph, and so can be switched off."""
 
 
@@ -60,6 +62,28 @@ def improving_passes(
         passes.append(("tag_recompute_pass", tag))
     # After the tags: a seam across the start of a block would make its state twice.
     passes.append(("join_seams_pass", join_seams_pass))
+    return [(name, function) for name, function in passes if name not in skip]
+
+
+def lowered_passes(
+    skip: Collection[str] = (),
+    *,
+    overlap: Literal["auto", "off"] = "off",
+    report: Callable[[Overlap], None] | None = None,
+) -> list[tuple[str, Pass]]:
+    """What happens to each graph that AOTAutograd makes, forward and backward, in order.
+
+    Args:
+        skip: names to leave out, of `OPTIONAL_PASSES`.
+        overlap: as in `MHCConfig`.
+        report: gets what runs while collectives are pending.
+    """
+    passes: list[tuple[str, Pass]] = []
+    if overlap != "off":
+        # First: it makes work for the windows that the next one fills.
+        passes.append(("split_sites_pass", split_sites_pass))
+        schedule = functools.partial(overlap_collectives_pass, report=report)
+        passes.append(("overlap_collectives_pass", schedule))
     return [(name, function) for name, function in passes if name not in skip]
 
 

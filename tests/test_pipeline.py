@@ -10,6 +10,7 @@ from mhc_compile.pipeline import (
     OPTIONAL_PASSES,
     canonical_passes,
     improving_passes,
+    lowered_passes,
     rewrite_passes,
     run_passes,
 )
@@ -38,10 +39,14 @@ def test_the_passes_and_their_order_are_these():
     assert [name for name, _ in improving_passes()] == ["join_seams_pass"]
     names = [name for name, _ in improving_passes(recompute="auto")]
     assert names == ["tag_recompute_pass", "join_seams_pass"]
+    assert lowered_passes() == []
+    names = [name for name, _ in lowered_passes(overlap="auto")]
+    assert names == ["split_sites_pass", "overlap_collectives_pass"]
 
 
 def test_passes_that_only_improve_can_be_left_out_by_name():
     assert improving_passes(OPTIONAL_PASSES) == []
+    assert lowered_passes(OPTIONAL_PASSES, overlap="auto") == []
 
 
 def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
@@ -49,6 +54,7 @@ def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
         *canonical_passes("auto", []),
         *rewrite_passes(Widening(Plan(), {})),
         *improving_passes(),
+        *lowered_passes(overlap="auto"),
     ]
     for _, function in passes:
         gm = graph_module()

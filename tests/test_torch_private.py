@@ -274,6 +274,37 @@ def test_an_extra_fake_input_is_compiled_with_the_sizes_of_its_neighbour(lower: 
         assert torch.equal(step(x), x * 2 + 1)
 
 
+def test_a_lowering_sees_the_forward_and_the_backward_graph() -> None:
+    seen = {}
+
+    def backend(gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        copy, _ = private.copy_captured(gm)
+        inputs = [private.example_of(n) for n in copy.graph.nodes if n.op == "placeholder"]
+        return private.compile_aot_eager(copy, inputs, private.Lowering(look, "", ()))
+
+    def look(phase: str, gm: GraphModule) -> bool:
+        seen[phase] = {str(node.target) for node in gm.graph.nodes}
+        return False
+
+    x = example().requires_grad_()
+    torch.compile(lambda x: torch.tanh(x).sum(), backend=backend)(x).backward()
+    assert seen.keys() == {"fw", "bw"}
+    assert "aten.tanh.default" in seen["fw"] - seen["bw"]
+
+
+def test_inductor_has_a_place_for_passes_of_others_and_a_key_for_them() -> None:
+    from torch._inductor import config, custom_graph_pass  # noqa: TID251 - what we build on
+
+    assert custom_graph_pass.get_custom_graph_passes(config.post_grad_custom_post_pass) == ()
+    assert config.reorder_for_peak_memory
+    key = private._last_pass(private.Lowering(lambda phase, gm: False, "key", (__file__,))).uuid()
+    other = private._last_pass(private.Lowering(lambda phase, gm: False, "2", (__file__,))).uuid()
+    assert key != other
+    assert not private.schedules_collectives()
+    with config.patch(reorder_for_compute_comm_overlap=True):
+        assert private.schedules_collectives()
+
+
 def test_inductor_knows_the_modes_of_torch_compile() -> None:
     from torch._inductor import list_mode_options  # noqa: TID251 - what we pass on
 

@@ -68,7 +68,11 @@ def narrow_back(x: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
 
 
 def call(
-    built: ctypes.CDLL, name: str, arguments: Sequence[torch.Tensor], tokens: int, channels: int
+    built: ctypes.CDLL,
+    name: str,
+    arguments: Sequence[torch.Tensor | None],
+    tokens: int,
+    channels: int,
 ) -> None:
     """Run one generated function, on as many threads as torch uses.
 
@@ -76,14 +80,14 @@ def call(
         built: the library.
         name: the function is ``mhc_<name>``; if ``mhc_<name>_workspace`` exists it gets that much
             memory besides.
-        arguments: dense tensors, in the function's order.
+        arguments: dense tensors, in the function's order; None is a null pointer.
         tokens: number of tokens.
         channels: width of a stream.
     """
     threads = max(1, min(torch.get_num_threads(), -(-tokens // _BLOCK)))
     function, size = _functions(built, name, len(arguments))
     # `arguments` outlives the call, and with it the copies among its tensors.
-    values = [argument.data_ptr() for argument in arguments]
+    values = [None if argument is None else argument.data_ptr() for argument in arguments]
     if size is not None:
         workspace = torch.empty(size(channels, threads))
         values.append(workspace.data_ptr())

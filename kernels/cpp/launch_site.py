@@ -54,11 +54,14 @@ def pre_backward(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: SiteSpec,
+    dX_more: torch.Tensor | None = None,
 ) -> Four:
     """``mhc::pre_backward``."""
     rows, g = streams_last(X, spec), channels_last(du, spec, X.dtype)
+    more = None if dX_more is None else streams_last(dX_more.to(X.dtype), spec)
     if phi is None or alpha is None:
         dX, dbias = _static_pre_backward(g, dh_post, dh_res, rows, bias, spec)
+        dX = dX if more is None else dX.add_(more)
         empty = X.new_empty(0, dtype=torch.float32)
         return state_back(dX, spec), empty, dbias, empty.clone()
     tokens, channels = size_of(rows)
@@ -66,7 +69,7 @@ def pre_backward(
     parameters = (phi, bias, alpha)
     grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
     mappings = coefficients(dh_post, dh_res)
-    arguments = (g, *mappings, rows, *coefficients(*parameters, saved), dX, *grads)
+    arguments = (g, *mappings, rows, more, *coefficients(*parameters, saved), dX, *grads)
     call(library(spec, X.dtype), "pre_backward", arguments, tokens, channels)
     dphi, dbias, dalpha = (
         grad.to(tensor.dtype) for grad, tensor in zip(grads, parameters, strict=True)

@@ -31,14 +31,14 @@ extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, 
 
 extern "C" long mhc_pre_backward_workspace(long channels, int threads) {
   const Sizes size(channels);
-  return size.phi + threads * (size.phi + size.sums + size.block + L * size.padded);
+  return size.phi + threads * (size.phi + size.sums + 2 * size.block + L * size.padded);
 }
 
 extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const float* dh_res,
-                                 const stream_t* X, const float* phi, const float* bias,
-                                 const float* alpha, const float* saved, stream_t* dX, float* dphi,
-                                 float* dbias, float* dalpha, float* workspace, long tokens,
-                                 long channels, int threads) {
+                                 const stream_t* X, const stream_t* dX_more, const float* phi,
+                                 const float* bias, const float* alpha, const float* saved,
+                                 stream_t* dX, float* dphi, float* dbias, float* dalpha,
+                                 float* workspace, long tokens, long channels, int threads) {
   const Sizes size(channels);
   float* const packed = workspace;
   float* const phi_sums = packed + size.phi;
@@ -49,8 +49,8 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
     pack<O>(phi, packed, N / S, channels, size.padded);
     float* const phi_sum = phi_sums + thread() * size.phi;
     std::memset(phi_sum, 0, size.phi * sizeof(float));
-    float* const x = copies + thread() * (size.block + L * size.padded);
-    float* const du_copy = x + size.block;
+    float* const x = copies + thread() * (2 * size.block + L * size.padded);
+    float *const more_copy = x + size.block, *const du_copy = more_copy + size.block;
     Shared sums;
     const Range range = share(tokens);
     const bool streamed = far(dX, tokens, N * channels);
@@ -82,8 +82,16 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
       block.look_ahead(ahead, dU, channels);
       block.look_ahead(ahead, X, N * channels);
       const Rows rows{x, size.stride};
-      state_block_backward<false>(size, rows, du, rows, count, packed, through, phi_sum, dx,
-                                  dx_stride, direct && streamed, ahead);
+      if (dX_more) {
+        block.look_ahead(ahead, dX_more, N * channels);
+        const Rows more = staged(dX_more + t * N * channels, more_copy, N, channels, size.padded,
+                                 size.stride, count);
+        state_block_backward<true>(size, rows, du, more, count, packed, through, phi_sum, dx,
+                                   dx_stride, direct && streamed, ahead);
+      } else {
+        state_block_backward<false>(size, rows, du, rows, count, packed, through, phi_sum, dx,
+                                    dx_stride, direct && streamed, ahead);
+      }
       if (!direct)
         for (int i = 0; i < count; ++i)
           for (int j = 0; j < N; ++j)

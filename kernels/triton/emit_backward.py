@@ -42,7 +42,9 @@ def backward_kernels(spec: SiteSpec, maps: Maps) -> list[Kernel]:
     kernels = [_sum_maps(maps)]
     for seam in (False, True) if maps.prefix == "pre" else (False,):
         kernels += [make(spec, maps, seam) for make in (_maps, _streams, _phi)]
-    return [*kernels, _sum_products(spec)] if maps.prefix == "pre" else kernels
+    if maps.prefix == "pre":
+        kernels += [_streams(spec, maps, seam=False, more=True), _sum_products(spec)]
+    return kernels
 
 
 def product_count(spec: SiteSpec) -> int:
@@ -210,7 +212,7 @@ def _stream(spec: SiteSpec, seam: bool, j: int) -> Iterator[str]:
         yield f"v{j} = read({stream('X + row', j)}, live)"
 
 
-def _streams(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
+def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kernel:
     n, count = spec.streams, product_count(spec)
 
     def step() -> Iterator[str]:
@@ -228,6 +230,8 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
             yield f"shrink{j} = read(work + {maps.width + s}, there)[:, None]"
             yield f"g{j} = w{j} * du + shrink{j} * v{j}"
             yield f"g{j} += tl.dot(dz{s}, phi, input_precision=PRECISION)"
+            if more:
+                yield f"g{j} += read({stream('DX_MORE + row', j)}, live)"
             if seam:
                 yield from through_post(j)
             else:
@@ -253,16 +257,21 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
         f"of_phi = (m < {maps.columns})[:, None] & inside[None, :]",
         *loop("for start in range(first, last, BT)", step()),
     )
+    prefix, plus = ("pre_more", "(what else X gets) + ") if more else (maps.prefix, "")
+    if seam:
+        prefix = "seam"
     return Kernel(
-        name="seam_backward_streams" if seam else f"{maps.prefix}_backward_streams",
+        name=f"{prefix}_backward_streams",
         comment=(
             "dX' += H_pre du + dz phi^T + (its part through the norm), then on to X and f, with\n"
             "its products with both. BC channels of SPAN tokens a program."
             if seam
-            else "dX = H_pre du + dz phi^T + (its part through the norm).\n"
+            else f"dX = {plus}H_pre du + dz phi^T + (its part through the norm).\n"
             "BC channels of SPAN tokens a program."
         ),
-        streams=("DY", "DU", "X", "F", "DX", "DF") if seam else ("DU", "X", "DX"),
+        streams=("DY", "DU", "X", "F", "DX", "DF")
+        if seam
+        else ("DU", "X", *(("DX_MORE",) if more else ()), "DX"),
         floats=(
             *(("H_POST", "H_RES") if seam else ()),
             *("PHI", "WORK"),

@@ -1,15 +1,15 @@
-"""Text of the kernels at the two ends of a trunk, and of a sum over the rows of a matrix."""
+"""Text of the kernels at the end of a trunk, and of a sum over the rows of a matrix."""
 
 from collections.abc import Iterator
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton.emit_post import block_of_one_token, load_streams, stream
+from mhc_compile.kernels.triton.emit_post import block_of_one_token, load_streams
 from mhc_compile.kernels.triton.text import Kernel, assign, loop
 
 
 def end_kernels(spec: SiteSpec) -> list[Kernel]:
-    """``collapse_mean``, ``collapse_sum``, ``expand`` and ``sum_rows``."""
-    return [_collapse(spec, "mean"), _collapse(spec, "sum"), _expand(spec), _sum_rows()]
+    """``collapse_mean``, ``collapse_sum`` and ``sum_rows``."""
+    return [_collapse(spec, "mean"), _collapse(spec, "sum"), _sum_rows()]
 
 
 def _collapse(spec: SiteSpec, mode: str) -> Kernel:
@@ -26,23 +26,6 @@ def _collapse(spec: SiteSpec, mode: str) -> Kernel:
     return Kernel(
         name=f"collapse_{mode}",
         comment=f"sum_i X_i{over}. One token, BC channels a program.",
-        streams=("X", "OUT"),
-        constants=("C", "BC"),
-        body=tuple(body()),
-    )
-
-
-def _expand(spec: SiteSpec) -> Kernel:
-    n = spec.streams
-
-    def body() -> Iterator[str]:
-        yield from block_of_one_token(n)
-        yield "x = tl.load(X + t * C + c, mask=live)"
-        yield from (f"tl.store({stream('OUT + row', i)}, x, mask=live)" for i in range(n))
-
-    return Kernel(
-        name="expand",
-        comment="X_i = x. One token, BC channels a program.",
         streams=("X", "OUT"),
         constants=("C", "BC"),
         body=tuple(body()),

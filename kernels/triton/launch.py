@@ -52,17 +52,22 @@ def pre_backward(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: SiteSpec,
+    dX_more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre_backward``."""
     site, maps = Site(spec, X), site_maps(spec)
     if phi is None or alpha is None:
-        return launch_static.pre_backward(site, du, dh_post, dh_res, X, bias)
+        dX, *grads = launch_static.pre_backward(site, du, dh_post, dh_res, X, bias)
+        return (dX if dX_more is None else dX.add_(dX_more)), grads[0], grads[1], grads[2]
     dX = X.new_empty(X.shape)
     wide_phi, wide_bias, wide_alpha = floats(phi, bias, alpha)
     work, sums = site.work(maps)
     grads = floats(dh_post, dh_res)
     site.run("pre_backward_maps", X, du, wide_bias, wide_alpha, *floats(saved), *grads, work, sums)
-    site.run("pre_backward_streams", du, X, dX, wide_phi, work)
+    if dX_more is None:
+        site.run("pre_backward_streams", du, X, dX, wide_phi, work)
+    else:
+        site.run("pre_more_backward_streams", du, X, dX_more.to(X.dtype), dX, wide_phi, work)
     dphi = site.phi_gradient("pre_backward_phi", phi, X, work)
     return dX, dphi, *site.sum_maps(maps, sums, bias, alpha)
 
@@ -218,14 +223,6 @@ def collapse_backward(
     site.run("head_backward_streams", dx, X, dX, wide_phi, work)
     dphi = site.phi_gradient("head_backward_phi", phi, X, work)
     return dX, dphi, *site.sum_maps(maps, sums, bias, alpha)
-
-
-def expand(x: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
-    """``mhc::expand``."""
-    site = Site(spec, x, x.shape[:-1].numel())
-    out = x.new_empty((*x.shape[:-1], spec.streams, site.channels))
-    site.run("expand", x, out)
-    return out
 
 
 def sinkhorn(logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Tile:
     stages: int = 1
 
 
-ONE_TOKEN_BLOCKS = ("post", "expand", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
+ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
 """Kernels whose programs own a block of the channels of one token."""
 
 

@@ -12,14 +12,14 @@ from mhc_compile.kernels.traffic import least_rows
 from mhc_compile.kernels.triton.emit import kernels
 from mhc_compile.kernels.triton.text import Kernel
 
-_STATES = ("X", "Y", "DX", "DY")
+_STATES = ("X", "Y", "DX", "DY", "DX_MORE")
 _FORMS = {
-    "expand": ("expand",),
     "pre": ("pre", "pre_scan pre_mix", "static_pre"),
     "pre_backward": (
         "pre_backward_maps pre_backward_streams pre_backward_phi",
         "static_pre_backward",
     ),
+    "pre_backward, more": ("pre_backward_maps pre_more_backward_streams pre_backward_phi",),
     "post": ("post",),
     "post_backward": ("post_backward",),
     "seam": ("seam", "seam_scan pre_mix", "static_seam"),

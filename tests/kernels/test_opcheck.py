@@ -21,7 +21,9 @@ def test_pre_and_its_backward_pass_opcheck(
     torch.library.opcheck(OPS.pre.default, (*inputs, site.text))
     u, h_post, h_res, saved = (t.detach() for t in OPS.pre(*inputs, site.text))
     plain = tuple(None if t is None else t.detach() for t in inputs)
-    torch.library.opcheck(OPS.pre_backward.default, (u, h_post, h_res, *plain, saved, site.text))
+    arguments = (u, h_post, h_res, *plain, saved, site.text)
+    torch.library.opcheck(OPS.pre_backward.default, arguments)
+    torch.library.opcheck(OPS.pre_backward.default, (*arguments, plain[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -56,12 +56,18 @@ def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
     if phi is not None and alpha is not None:
         head = (torch.randn(n * X.shape[-1], n), bias[:n], alpha[:1])
     back = (d_next, du, dh_post, dh_res)
-    yield "expand", lambda: launch.expand(f, spec)
     yield "pre", lambda: launch.pre(X, phi, bias, alpha, spec, shapes)
     yield (
         "pre_backward",
         lambda: launch.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, spec),
     )
+    if spec.dynamic:
+        yield (
+            "pre_backward, more",
+            lambda: launch.pre_backward(
+                du, dh_post, dh_res, X, phi, bias, alpha, saved, spec, d_next
+            ),
+        )
     yield "post", lambda: launch.post(X, f, h_post, h_res, spec)
     yield "post_backward", lambda: launch.post_backward(d_next, X, f, h_post, h_res, spec)
     yield "seam", lambda: seam_outputs(seam)

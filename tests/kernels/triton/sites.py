@@ -104,8 +104,8 @@ def run_halves(seam: Seam) -> Results:
     parameters = (seam.phi, seam.bias, seam.alpha)
     u, h_post, h_res, saved = launch.pre(out, *parameters, seam.spec, shapes)
     d_next, *inner = seam.grads
-    d_out, *grads = launch.pre_backward(*inner, out, *parameters, saved, seam.spec)
-    outer = launch.post_backward(d_next + d_out, seam.X, seam.f, *mappings, seam.spec)
+    d_out, *grads = launch.pre_backward(*inner, out, *parameters, saved, seam.spec, d_next)
+    outer = launch.post_backward(d_out, seam.X, seam.f, *mappings, seam.spec)
     return _named(seam, [out, u, h_post, h_res, *outer, *grads])
 
 

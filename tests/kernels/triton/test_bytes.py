@@ -20,6 +20,7 @@ STATIC = SiteSpec(streams=4, dynamic=False)
         (FOUR, "post_backward", [14]),
         (FOUR, "pre", [5, 9]),
         (FOUR, "pre_backward", [18]),
+        (FOUR, "pre_backward, more", [22]),
         (STATIC, "seam", [10]),
         (STATIC, "seam_backward", [15]),
     ],
