@@ -7,7 +7,7 @@
 Only for devices that have streams. Tested on the structure of graphs alone: no GPU has run one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from mhc_compile.passes.stream_graph import EXIT, storages
 from mhc_compile.passes.stream_order import parts
 from mhc_compile.passes.stream_program import MAIN, Free, Hold, Launch, Record, Wait
 from mhc_compile.passes.streams import PLAN, STREAM, StreamPlan
-from mhc_compile.passes.values import value_of
+from mhc_compile.passes.values import is_tensor, value_of
 
 DEVICES = ("cuda", "xpu")
 
@@ -39,7 +39,7 @@ class StreamTable:
     """Number of the stream that calls the graph."""
     side: Callable[[torch.device], int]
     """Number of a stream of high priority."""
-    event: Callable[[], int]
+    event: Callable[[torch.device], int]
     """Number of a new event."""
     fence: Callable[[GraphModule], None]
     """Keeps compilers behind this pass from moving kernels over syncs."""
@@ -70,16 +70,22 @@ def lower_streams_pass(
             for part in (node, *parts(node)):
                 custom = part.meta.get("custom", {})
                 part.meta["custom"] = {**custom, "stream": streams[number]}
-    _insert(gm, plan, streams, table)
+    _insert(gm, plan, streams, table, device)
     table.fence(gm)
     return PassResult(gm, True)
 
 
-def _insert(gm: GraphModule, plan: StreamPlan, streams: dict[int, int], table: StreamTable) -> None:
+def _insert(
+    gm: GraphModule,
+    plan: StreamPlan,
+    streams: Mapping[int, int],
+    table: StreamTable,
+    device: torch.device,
+) -> None:
     graph = gm.graph
     nodes = {node.name: node for node in graph.nodes}
     lies_in = storages(graph.nodes)
-    holder = {name: node for node in reversed(graph.nodes) for name in lies_in[node]}
+    holder = {name: n for n in reversed(graph.nodes) if is_tensor(n) for name in lies_in[n]}
     events: dict[int, int] = {}
     behind = graph.find_nodes(op="placeholder")[-1]
     waits: list[Wait] = []
@@ -96,7 +102,7 @@ def _insert(gm: GraphModule, plan: StreamPlan, streams: dict[int, int], table: S
                 waits = []
                 behind = [node, *parts(node)][-1]
             case Record(event, stream):
-                events[event] = table.event()
+                events[event] = table.event(device)
                 with graph.inserting_after(behind):
                     behind = graph.call_function(table.record, (events[event], streams[stream]))
             case Hold(storage, stream):

@@ -26,7 +26,7 @@ from mhc_compile.passes.estimate import H100, Device, node_seconds, transfer_sec
 from mhc_compile.passes.happens_before import check_program
 from mhc_compile.passes.schedule import reorder
 from mhc_compile.passes.simulate import Costs, Timeline, simulate
-from mhc_compile.passes.stream_branches import side_kernels
+from mhc_compile.passes.stream_branches import is_mhc, side_kernels
 from mhc_compile.passes.stream_graph import launches, steps_of
 from mhc_compile.passes.stream_order import deferred_order
 from mhc_compile.passes.stream_program import MAIN, Launch, Program, synchronize
@@ -120,7 +120,7 @@ def assign_streams_pass(
         VerificationError: see `plan_streams`.
     """
     del example_inputs
-    if PLAN in gm.meta:
+    if PLAN in gm.meta or not any(map(is_mhc, gm.graph.nodes)):
         return PassResult(gm, False)
     plan = plan_streams(gm.graph, device)
     if not plan.gains:
