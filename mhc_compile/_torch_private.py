@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 import re
@@ -27,6 +28,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_flatten
 
 from mhc_compile.errors import UnsupportedGraphError
+from mhc_compile.passes.stream_lowering import StreamTable
 
 Compiled = Callable[..., Any]
 _RESUME = "torch_dynamo_resume_in"
@@ -235,6 +237,8 @@ class Lowering:
     """Settings that the result depends on; part of Inductor's cache key."""
     files: tuple[str, ...]
     """Source files that it depends on, likewise."""
+    cacheable: bool = True
+    """Whether the result means the same in another process."""
 
 
 def compile_inductor(
@@ -275,6 +279,8 @@ def _last_pass(lowering: Lowering) -> Any:
                 config.reorder_for_peak_memory = False  # it might undo the order
 
         def uuid(self) -> Any:
+            if not lowering.cacheable:
+                return None
             return get_hash_for_files(lowering.files, lowering.key)
 
     return LastPass()
@@ -318,6 +324,58 @@ def schedules_collectives() -> bool:
         config.aten_distributed_optimizations.enable_overlap_scheduling
         or config.reorder_for_compute_comm_overlap
     )
+
+
+def torch_streams() -> StreamTable:
+    """Torch's operators for streams, and its table of the objects that graphs name by number."""
+    from torch._dynamo.graph_bytecode_inputs import CURRENT_STREAM_INDEX
+    from torch._dynamo.variables import streams  # registers the operators
+    from torch._functorch._aot_autograd.streams import wrap_all_sync_nodes_with_control_deps
+
+    assert streams is not None
+    ops = torch.ops.streams
+    return StreamTable(
+        record=ops.record_event.default,
+        wait=ops.wait_event.default,
+        hold=ops.record_stream.default,
+        current=CURRENT_STREAM_INDEX,
+        side=lambda device: name_object(_side_stream(device)),
+        event=lambda device: name_object(torch.Event(device)),
+        fence=wrap_all_sync_nodes_with_control_deps,
+    )
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.Stream:
+    """One for all graphs: its memory is a pool of its own."""
+    return torch.Stream(device, priority=-1)
+
+
+_named: list[Any] = []
+
+
+def named_object(number: int) -> Any:
+    """What `name_object` was given; compiled code calls this."""
+    return _named[number]
+
+
+def name_object(value: Any) -> int:
+    """A number by which operators of the graph that is being compiled find ``value``.
+
+    Torch would make a new object for every call of the compiled code; this one stays.
+    """
+    from torch._dynamo.bytecode_transformation import create_call_function
+    from torch._dynamo.graph_bytecode_inputs import register_graph_created_object
+
+    number = len(_named)
+    _named.append(value)
+
+    def load(_index: int, codegen: Any) -> None:
+        codegen.add_push_null(lambda: codegen.load_import_from(__name__, "named_object"))
+        codegen.append_output(codegen.create_load_const(number))
+        codegen.extend_output(create_call_function(1, False))
+
+    return register_graph_created_object(value, load)
 
 
 def trace_autograd(
