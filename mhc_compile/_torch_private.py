@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.source import UnspecializedNNModuleSource as ModuleSource
 from torch._dynamo.source import UnspecializedParamBufferSource as ParameterSource
@@ -31,6 +31,8 @@ from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.passes.stream_lowering import StreamTable
 
 Compiled = Callable[..., Any]
+DYNAMO_ERRORS = (TorchDynamoException,)
+"""What Dynamo raises where it cannot go on; all else comes from the code that it traces or runs."""
 _RESUME = "torch_dynamo_resume_in"
 
 
