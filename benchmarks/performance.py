@@ -74,6 +74,15 @@ _PARTS = (
         "Seconds of each pass on decoders of growing depth.",
     ),
     _Part(
+        "overlap",
+        "Work behind a collective",
+        (),
+        "A training step of tensor parallel sites on two ranks of one thread each; the link takes "
+        "`link` milliseconds for every all-reduce and no processor time. Wall milliseconds of one "
+        "rank. `ratio` is the median over pairs of steps that followed each other, with its "
+        "quartiles; `predicted` is the same by the estimate of every node's time.",
+    ),
+    _Part(
         "chains",
         "Hyper-connections written by hand",
         (),
@@ -83,7 +92,8 @@ _PARTS = (
         "kernels",
         "Generated Triton kernels",
         (),
-        "Counted, not timed: bytes by Triton's interpreter, registers by its compilers.",
+        "Counted, not timed: rows of one stream per token by Triton's interpreter, and what its "
+        "compilers take for each target: registers / spilled bytes / KB of shared memory.",
     ),
 )
 
@@ -123,12 +133,25 @@ def _page(found: Mapping[_Part, Any]) -> str:
     ]
     for part, result in found.items():
         command = " ".join(("python -m", f"benchmarks.{part.name}", *part.arguments))
-        rows = result if isinstance(result, list) else result["rows"]
-        lines += ["", f"## {part.title}", "", f"`{command}`", "", part.text, "", *_table(rows)]
+        lines += ["", f"## {part.title}", "", f"`{command}`", "", part.text]
+        for rows in _tables(result):
+            lines += ["", *_table(rows)]
         if isinstance(result, dict) and "gflops" in result:
             rates = ", ".join(f"C={w}: {rate:.0f}" for w, rate in result["gflops"].items())
             lines += ["", f"Gflop/s of a plain product: {rates}."]
     return "\n".join(lines) + "\n"
+
+
+def _tables(result: Any) -> list[Sequence[Mapping[str, Any]]]:
+    if isinstance(result, list):
+        return [result]
+    if "resources" not in result:
+        return [result["rows"]]
+    taken: dict[str, dict[str, Any]] = {}  # a row for each kernel, a column for each target
+    for row in result["resources"]:
+        cell = f"{row['registers']} / {row['spills']} / {row['shared'] / 1024:.0f}"
+        taken.setdefault(row["kernel"], {"kernel": row["kernel"]})[row["target"]] = cell
+    return [result["bytes"], list(taken.values())]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,9 +3,14 @@
 `tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
 """
 
+import contextlib
+import functools
 import inspect
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +28,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_flatten
 
 from mhc_compile.errors import UnsupportedGraphError
+from mhc_compile.passes.stream_lowering import StreamTable
 
 Compiled = Callable[..., Any]
 _RESUME = "torch_dynamo_resume_in"
@@ -221,23 +227,155 @@ def is_pending(value: object) -> bool:
     return kind is not None and isinstance(value, kind.AsyncCollectiveTensor)
 
 
-def compile_inductor(gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Compiled:
-    """Inductor's own entry point, with the settings of a ``torch.compile`` mode."""
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """Changes that graphs of AOTAutograd go through before they run, or Inductor compiles them."""
 
-    patches = list_mode_options(mode) if mode else None
+    run: Callable[[str, GraphModule], bool]
+    """Changes a graph, of phase "fw" or "bw", in place; returns whether the order is to stay."""
+    key: str
+    """Settings that the result depends on; part of Inductor's cache key."""
+    files: tuple[str, ...]
+    """Source files that it depends on, likewise."""
+    cacheable: bool = True
+    """Whether the result means the same in another process."""
+
+
+def compile_inductor(
+    gm: GraphModule, inputs: Sequence[Any], mode: str | None, lowering: Lowering | None = None
+) -> Compiled:
+    """Inductor's own entry point, with the settings of a ``torch.compile`` mode.
+
+    Args:
+        gm: the graph, which is consumed.
+        inputs: its example inputs.
+        mode: of ``torch.compile``.
+        lowering: what happens to the graphs behind all graph passes of Inductor (and of the user).
+            Not if Inductor finds a result in its cache: there it has been done.
+    """
+    from torch._inductor import config, list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import get_custom_graph_passes
+
+    patches: dict[str, Any] = list_mode_options(mode) if mode else {}
+    if lowering is not None:
+        own = get_custom_graph_passes(config.post_grad_custom_post_pass)
+        patches["post_grad_custom_post_pass"] = (*own, _last_pass(lowering))
+        # What is patched returns to its value behind each graph, whatever a pass makes of it.
+        patches.setdefault("reorder_for_peak_memory", config.reorder_for_peak_memory)
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
-def compile_aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
-    """AOTAutograd with its partitioner, and graphs that run operation by operation."""
+def _last_pass(lowering: Lowering) -> Any:
+    """``lowering`` in the place that Inductor has for graph passes of others."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class LastPass(CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            module = graph.owning_module
+            assert module is not None
+            if lowering.run(_phase(), module):
+                config.reorder_for_peak_memory = False  # it might undo the order
+
+        def uuid(self) -> Any:
+            if not lowering.cacheable:
+                return None
+            return get_hash_for_files(lowering.files, lowering.key)
+
+    return LastPass()
+
+
+def compile_aot_eager(
+    gm: GraphModule, inputs: Sequence[Any], lowering: Lowering | None = None
+) -> Compiled:
+    """AOTAutograd with its partitioner, and graphs that run operation by operation.
+
+    Args:
+        gm: the graph.
+        inputs: its example inputs.
+        lowering: what happens to the forward and to the backward graph.
+    """
     from torch._functorch.compilers import nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    return aot_autograd(fw_compiler=nop, partition_fn=min_cut_rematerialization_partition)(
+    def compiler(traced: GraphModule, traced_inputs: Sequence[Any]) -> Any:
+        if lowering is not None:
+            lowering.run(_phase(), traced)
+        return nop(traced, traced_inputs)
+
+    return aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)(
         gm, inputs
     )
+
+
+def _phase() -> str:
+    """Which graph AOTAutograd has compiled right now: "fw" (with or without gradients) or "bw"."""
+    from torch._functorch._aot_autograd.logging_utils import get_graph_being_compiled
+
+    return "bw" if "backward" in get_graph_being_compiled() else "fw"
+
+
+def schedules_collectives() -> bool:
+    """Whether the user has Inductor itself move collectives and waits apart."""
+    from torch._inductor import config
+
+    return bool(
+        config.aten_distributed_optimizations.enable_overlap_scheduling
+        or config.reorder_for_compute_comm_overlap
+    )
+
+
+def torch_streams() -> StreamTable:
+    """Torch's operators for streams, and its table of the objects that graphs name by number."""
+    from torch._dynamo.graph_bytecode_inputs import CURRENT_STREAM_INDEX
+    from torch._dynamo.variables import streams  # registers the operators
+    from torch._functorch._aot_autograd.streams import wrap_all_sync_nodes_with_control_deps
+
+    assert streams is not None
+    ops = torch.ops.streams
+    return StreamTable(
+        record=ops.record_event.default,
+        wait=ops.wait_event.default,
+        hold=ops.record_stream.default,
+        current=CURRENT_STREAM_INDEX,
+        side=lambda device: name_object(_side_stream(device)),
+        event=lambda device: name_object(torch.Event(device)),
+        fence=wrap_all_sync_nodes_with_control_deps,
+    )
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.Stream:
+    """One for all graphs: its memory is a pool of its own."""
+    return torch.Stream(device, priority=-1)
+
+
+_named: list[Any] = []
+
+
+def named_object(number: int) -> Any:
+    """What `name_object` was given; compiled code calls this."""
+    return _named[number]
+
+
+def name_object(value: Any) -> int:
+    """A number by which operators of the graph that is being compiled find ``value``.
+
+    Torch would make a new object for every call of the compiled code; this one stays.
+    """
+    from torch._dynamo.bytecode_transformation import create_call_function
+    from torch._dynamo.graph_bytecode_inputs import register_graph_created_object
+
+    number = len(_named)
+    _named.append(value)
+
+    def load(_index: int, codegen: Any) -> None:
+        codegen.add_push_null(lambda: codegen.load_import_from(__name__, "named_object"))
+        codegen.append_output(codegen.create_load_const(number))
+        codegen.extend_output(create_call_function(1, False))
+
+    return register_graph_created_object(value, load)
 
 
 def trace_autograd(
@@ -299,6 +437,56 @@ def passing_through(error: Exception) -> Exception:
         "__module__": kind.__module__, "__init__": init,
     })  # fmt: skip
     return cls(str(error)).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBreak:
+    """Where Dynamo could not go on, and what it says of it."""
+
+    source: str
+    """``file.py:123`` of the user's line."""
+    reason: str
+    """Its explanation, and the setting that it proposes where there is one."""
+
+
+class _BreakHandler(logging.Handler):
+    """Reads graph breaks off Dynamo's log: it keeps no list of those that give up a whole frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks: list[GraphBreak] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _BREAK.search(record.getMessage())
+        if found is not None:
+            path, line, text = found.groups()
+            lines = [part.strip() for part in text.splitlines()]
+            told = [part for part in lines if part.startswith("Explanation:")][:1] or lines[:1]
+            told += [p for p in lines if p.startswith("Hint:") and "torch._dynamo.config" in p]
+            reason = " ".join(told).removeprefix("Explanation: ")
+            name = path.replace(chr(92), "/").rsplit("/", 1)[-1]
+            self.breaks.append(GraphBreak(f"{name}:{line}", reason))
+
+
+_BREAK = re.compile(r"in user code at (.+):(\d+)\nGraph Break Reason: (.*)", re.DOTALL)
+
+
+@contextlib.contextmanager
+def watch_breaks() -> Iterator[list[GraphBreak]]:
+    """The graph breaks that happen inside, in their order; what the user logs stays the same."""
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    was_on, level, propagate = logger.isEnabledFor(logging.DEBUG), logger.level, logger.propagate
+    handler = _BreakHandler()
+    logger.addHandler(handler)
+    if not was_on:
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+    try:
+        yield handler.breaks
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def reset_dynamo() -> None:

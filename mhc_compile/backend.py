@@ -1,20 +1,26 @@
 """The backend: ``torch.compile(model, backend="mhc")``."""
 
+import os
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
 
+from mhc_compile import passes
 from mhc_compile._torch_private import (
     Compiled,
     Frame,
+    Lowering,
     compile_aot_eager,
     compile_inductor,
     copy_captured,
     example_of,
     memory_budget,
     passing_through,
+    schedules_collectives,
 )
 from mhc_compile.analysis import analyse
 from mhc_compile.awaited import await_inputs, awaited_examples
@@ -22,12 +28,24 @@ from mhc_compile.binding import bind, lift_parameters
 from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
 from mhc_compile.dump import write_recorded
-from mhc_compile.errors import ConfigError, MHCError
+from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, settle_options, sites_of
-from mhc_compile.pipeline import improving_passes, rewrite_passes, run_passes
-from mhc_compile.recorder import Recorder, recorder_of_environment
+from mhc_compile.pipeline import (
+    ORDERING_PASSES,
+    improving_passes,
+    lowered_passes,
+    rewrite_passes,
+    run_passes,
+)
+from mhc_compile.recorder import GraphRecord, Recorder, recorder_of_environment
+
+_PASSES = Path(passes.__file__).parent
+_ONE_CONNECTION = (
+    "CUDA_DEVICE_MAX_CONNECTIONS=1 puts the work of all streams into one queue, so that a side "
+    "stream hides less: leave it unset with side_stream=True, or set side_stream=False"
+)
 
 
 def mhc(
@@ -116,7 +134,8 @@ def compile_frame(
     if recorder is not None and record is not None:
         record.rewritten(copy, widening, inputs)
         write_recorded(recorder)
-    compiled = borders.wrap(_lower(copy, inputs, config, mode))
+    lowering = _lowering(config, recorder, record)
+    compiled = borders.wrap(_lower(copy, inputs, config, mode, lowering))
     compiled = await_inputs(compiled, given_inputs)
     return watch_ends(compiled, analysis, frame) if is_lazy else compiled
 
@@ -129,11 +148,45 @@ def _recompute(config: MHCConfig) -> int | Literal["auto", "off"]:
     return "off" if config.recompute == "auto" and has_budget else config.recompute
 
 
-def _lower(gm: GraphModule, inputs: list[Any], config: MHCConfig, mode: str | None) -> Compiled:
+def _lowering(
+    config: MHCConfig, recorder: Recorder | None, record: GraphRecord | None
+) -> Lowering | None:
+    """What happens to the graphs of AOTAutograd; None if nothing."""
+    overlap = "off" if schedules_collectives() else config.overlap
+    report = record.overlap.append if record is not None else None
+    side_stream = config.side_stream and config.inner == "inductor"  # others have one stream
+    lowered = lowered_passes(
+        config.skip_passes, overlap=overlap, side_stream=side_stream, report=report
+    )
+    if side_stream and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        warnings.warn(_ONE_CONNECTION, MHCWarning, stacklevel=2)
+    if not lowered:
+        return None
+
+    def run(phase: str, gm: GraphModule) -> bool:
+        observe = record.lowering(phase, gm) if record is not None else None
+        changed = run_passes(gm, (), lowered, observe)
+        if changed and recorder is not None:
+            write_recorded(recorder)
+        return not ORDERING_PASSES.isdisjoint(changed)
+
+    names = " ".join(name for name, _ in lowered)
+    files = tuple(map(str, sorted(_PASSES.glob("*.py"))))
+    # Streams and events are numbers in the graph, and mean objects of this process.
+    return Lowering(run, names, files, cacheable=not side_stream)
+
+
+def _lower(
+    gm: GraphModule,
+    inputs: list[Any],
+    config: MHCConfig,
+    mode: str | None,
+    lowering: Lowering | None,
+) -> Compiled:
     if config.inner == "inductor":
-        return compile_inductor(gm, inputs, mode)
+        return compile_inductor(gm, inputs, mode, lowering)
     if config.inner == "aot_eager":
-        return compile_aot_eager(gm, inputs)
+        return compile_aot_eager(gm, inputs, lowering)
     return gm.forward
 
 

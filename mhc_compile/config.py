@@ -16,6 +16,7 @@ Init = Literal["preserve", "paper"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 OnEager = Literal["raise", "warn", "ignore"]
 Kernels = Literal["auto", "triton", "cpp", "reference"]
+OverlapMode = Literal["auto", "off"]
 Filter = tuple[str, ...] | Callable[[Site], bool]
 FORM = "form:"
 """What a pattern of forms and traits starts with; other patterns are of names."""
@@ -25,6 +26,7 @@ _CHOICES = {
     "inner": Inner,
     "on_eager": OnEager,
     "kernels": Kernels,
+    "overlap": OverlapMode,
 }
 
 
@@ -80,8 +82,17 @@ class MHCConfig:
     sites, of the length of the paper's equation (20), and every branch output; a number is the
     length of the blocks; "off" leaves it to torch. With a budget in
     ``torch._functorch.config.activation_memory_budget``, "auto" is "off"."""
+    overlap: OverlapMode = "auto"
+    """"auto" runs work that a collective does not need between its start and its wait, on the
+    graphs of AOTAutograd; where Inductor's own overlap scheduling is switched on, that does it.
+    "off" leaves the order of the program."""
+    side_stream: bool = False
+    """Whether the work of the streams around MLPs runs on a second stream of a GPU, where the
+    estimate says that it gains by it; with ``inner="inductor"`` only. No GPU has run this yet."""
     skip_passes: tuple[str, ...] = ()
-    """Passes to leave out: ``join_seams_pass``. The result is the same, and slower."""
+    """Passes to leave out: ``join_seams_pass``, ``accumulate_gradients_pass``,
+    ``split_sites_pass``, ``overlap_collectives_pass``, ``assign_streams_pass``,
+    ``lower_streams_pass``. The result is the same, and slower."""
     on_eager: OnEager = "raise"
     """What a converted model does when it is called without the "mhc" backend."""
 
@@ -115,6 +126,8 @@ class MHCConfig:
                 f"recompute={self.recompute!r} is not allowed: use 'auto', 'off' or the number of "
                 "sites in a block"
             )
+        if not isinstance(self.side_stream, bool):
+            raise ConfigError(f"side_stream={self.side_stream!r} is not allowed: use True or False")
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(
                 f"collapse='sum' multiplies the trunk by {self.streams} and so cannot preserve the "

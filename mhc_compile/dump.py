@@ -4,7 +4,7 @@ Layout of a dump::
 
     DIR/index.html  summary.txt  report.json
     DIR/graph_0/fw/00_before.txt  01_<pass>.txt ...  99_after.txt  before_after.diff
-    DIR/graph_0/bw/..., joint/...   kernels/*.cpp
+    DIR/graph_0/bw/..., joint/..., aot_fw/..., aot_bw/...   kernels/*.cpp
 
 Two dumps of the same model differ in nothing but the ``environment`` block of ``report.json``: no
 times, addresses, weights or unordered collections are written.
@@ -15,6 +15,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
@@ -64,6 +65,7 @@ def write_dump(directory: Path, recorder: Recorder, report: Report) -> list[Path
             for stage in stages:
                 if recorder.options.keeps(stage.number, stage.name):
                     files.update(_stage_files(folder / phase, stage, recorder.options.formats))
+        entry["overlap"] = [asdict(overlap) for overlap in graph.overlap]
         entry["kernels"] = sorted(graph.kernels)
         for name, source in graph.kernels.items():
             files[folder / "kernels" / name] = source

@@ -24,6 +24,7 @@ from mhc_compile.hosts import erase_markers
 from mhc_compile.kernels.cpp.emit import source as cpp_source
 from mhc_compile.kernels.cpp.select import obstacle
 from mhc_compile.mlir import to_mlir
+from mhc_compile.passes.overlap import Overlap
 from mhc_compile.passes.states import spec_of
 from mhc_compile.passes.values import source_frame, source_line, value_of
 from mhc_compile.passes.widen import Widening
@@ -36,6 +37,7 @@ from mhc_compile.pictures.trunks import (
     rewritten_spine,
 )
 from mhc_compile.pictures.view import GraphView
+from mhc_compile.pipeline import Observer
 from mhc_compile.report import Report
 from mhc_compile.reporting import build_report
 from mhc_compile.stages import AFTER, DumpOptions, Stage, make_stage
@@ -85,6 +87,8 @@ class GraphRecord:
     excerpts: dict[str, str] = field(default_factory=dict)
     """``file.py:123`` -> the user's lines around it."""
     nesting: Nesting = field(default_factory=Nesting)
+    overlap: list[Overlap] = field(default_factory=list)
+    """Of every AOTAutograd graph in which work moved."""
 
     def observe(self, name: str, gm: GraphModule) -> None:
         """See a graph as captured ("before"), or after a pass."""
@@ -124,12 +128,34 @@ class GraphRecord:
         self.kernels = dict(_kernel_sources(gm))
         self._autograd(gm, inputs, AFTER, "after")
 
+    def lowering(self, phase: str, gm: GraphModule) -> Observer:
+        """See the passes on a graph of AOTAutograd, if they change it.
+
+        Args:
+            phase: "fw" or "bw".
+            gm: the graph before them.
+        """
+        stages = [self._stage(gm, 0, "before", f"aot_{phase}")]
+
+        def observe(name: str, gm: GraphModule) -> None:
+            if len(stages) == 1:
+                self._add(stages[0])
+            stages.append(self._stage(gm, len(stages), name, f"aot_{phase}"))
+            self._add(stages[-1])
+
+        return observe
+
     def _keep(self, gm: GraphModule, number: int, name: str, phase: str = "fw") -> None:
-        stage = make_stage(
+        self._add(self._stage(gm, number, name, phase))
+
+    def _stage(self, gm: GraphModule, number: int, name: str, phase: str) -> Stage:
+        return make_stage(
             gm, self.options, graph=self.number, number=number, name=name, phase=phase
         )
+
+    def _add(self, stage: Stage) -> None:
         self.stages.append(stage)
-        trace_artifact(f"mhc_{phase}_{stage.stem}_graph_{self.number}", lambda: stage.text)
+        trace_artifact(f"mhc_{stage.phase}_{stage.stem}_graph_{self.number}", lambda: stage.text)
 
     def _view(self, gm: GraphModule, spine: Spine) -> GraphView:
         options = self.options

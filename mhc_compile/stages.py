@@ -14,6 +14,8 @@ from mhc_compile.pictures.view import GraphView
 
 FORMATS = ("txt", "py", "json", "dot", "svg", "png", "html", "mlir")
 PHASES = ("fw", "bw", "joint")
+LOWERED = ("aot_fw", "aot_bw")
+"""Graphs of AOTAutograd on their way through our own passes; recorded where those change one."""
 DIALECTS = ("torch", "linalg", "stablehlo", "tosa")
 CUSTOM = ("opaque", "decompose")
 AFTER = 99
@@ -80,7 +82,7 @@ class Stage:
     text: str
     """The graph as readable text."""
     phase: str = "fw"
-    """One of `PHASES`."""
+    """One of `PHASES` or `LOWERED`."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Further texts, by suffix: py, json, mlir."""
     counts: Mapping[str, int] = field(default_factory=dict)

@@ -24,8 +24,8 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.collectives import is_collective, is_wait, tensors
-from mhc_compile.passes.states import spec_of
 from mhc_compile.passes.values import value_of
 
 
@@ -191,24 +191,16 @@ def _is_mhc(node: Node) -> bool:
 def _mhc_flops(node: Node) -> int:
     """Of an mhc op: its projection and its mixing, twice each in a backward."""
     assert isinstance(node.target, OpOverload)
-    name = node.target._schema.name.removeprefix("mhc::")
-    op, _, backward = name.partition("_")
-    if op not in ("pre", "post", "seam"):
+    op, _, backward = node.target._schema.name.removeprefix("mhc::").partition("_")
+    names = (argument.name for argument in node.target._schema.arguments)
+    given = dict(zip(names, node.args, strict=False))  # those with a default may be missing
+    sizes = {name: _shape(value_of(arg)) for name, arg in given.items() if isinstance(arg, Node)}
+    if op not in ("pre", "post", "seam", "collapse") or (op == "collapse" and "bias" not in sizes):
         return 0
-    names = [argument.name for argument in node.target._schema.arguments]
-    state = _argument_shape(node, names, "X")
-    elements, n = math.prod(state), spec_of(node).streams
+    elements, n = math.prod(sizes["X"]), SiteSpec.decode(str(given["spec"])).streams
+    width = sizes["bias"][0] if "phi" in sizes else 0
     post = elements * (2 * n + 2)  # H_res X, and H_post f added
-    if op == "post":
-        return 2 * post if backward else post
-    width = _argument_shape(node, names, "bias")[0] if spec_of(node).dynamic else 0
     pre = elements * (2 * width + 2)  # vec(X) phi, and H_pre X
-    if op == "pre":
-        return 2 * pre if backward else pre
-    return 2 * (pre + post) + post if backward else pre + post  # X' is made again
-
-
-def _argument_shape(node: Node, names: list[str], name: str) -> tuple[int, ...]:
-    source = node.args[names.index(name)]
-    assert isinstance(source, Node)
-    return _shape(value_of(source))
+    forward = {"pre": pre, "post": post, "seam": pre + post, "collapse": pre}[op]
+    again = {"seam": post, "collapse": pre}.get(op, 0)  # what the backward did not keep: X', z
+    return 2 * forward + again if backward else forward

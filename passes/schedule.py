@@ -5,7 +5,8 @@ where it is among all others, random numbers are drawn in the order of the progr
 start in that order too, since every rank has to agree on it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import heappop, heappush
 from itertools import pairwise
 
 import torch
@@ -88,3 +89,23 @@ def peak_bytes(nodes: Iterable[Node]) -> int:
             if not readers[owner[source]]:
                 live -= size[owner[source]]
     return peak
+
+
+def stable_order(nodes: Sequence[Node], before: Mapping[Node, set[Node]]) -> list[Node]:
+    """The nodes so that each comes after what ``before`` names, moved no more than that takes."""
+    number = {node: at for at, node in enumerate(nodes)}
+    left = {node: len(before[node]) for node in nodes}
+    after: dict[Node, list[Node]] = {node: [] for node in nodes}
+    for node in nodes:
+        for source in before[node]:
+            after[source].append(node)
+    ready = [at for node, at in number.items() if not left[node]]  # sorted, and so a heap
+    order = []
+    while ready:
+        node = nodes[heappop(ready)]
+        order.append(node)
+        for reader in after[node]:
+            left[reader] -= 1
+            if not left[reader]:
+                heappush(ready, number[reader])
+    return order

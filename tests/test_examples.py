@@ -47,6 +47,15 @@ def test_a_vit_keeps_its_function() -> None:
     assert float(out.split()[-1]) < 1e-5
 
 
+@installed
+@pytest.mark.slow
+def test_a_deepseek_is_recognised_and_keeps_its_gradients() -> None:
+    out = _run("accelerate_deepseek.py", "--inner=aot_eager", "--layers=1")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["expand", "site", "site", "collapse"]
+    assert float(lines[-1].split()[-1]) < 1e-5
+
+
 @pytest.mark.slow
 def test_a_model_is_inspected_with_reasons_and_pictures(tmp_path: Path) -> None:
     out = _run("inspect_model.py", f"--out={tmp_path / 'd'}")

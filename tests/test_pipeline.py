@@ -10,6 +10,7 @@ from mhc_compile.pipeline import (
     OPTIONAL_PASSES,
     canonical_passes,
     improving_passes,
+    lowered_passes,
     rewrite_passes,
     run_passes,
 )
@@ -38,10 +39,20 @@ def test_the_passes_and_their_order_are_these():
     assert [name for name, _ in improving_passes()] == ["join_seams_pass"]
     names = [name for name, _ in improving_passes(recompute="auto")]
     assert names == ["tag_recompute_pass", "join_seams_pass"]
+    assert [name for name, _ in lowered_passes()] == ["accumulate_gradients_pass"]
+    names = [name for name, _ in lowered_passes(overlap="auto")]
+    assert names == [
+        "accumulate_gradients_pass",
+        "split_sites_pass",
+        "overlap_collectives_pass",
+    ]
+    names = [name for name, _ in lowered_passes(overlap="auto", side_stream=True)]
+    assert names[3:] == ["assign_streams_pass", "lower_streams_pass"]
 
 
 def test_passes_that_only_improve_can_be_left_out_by_name():
     assert improving_passes(OPTIONAL_PASSES) == []
+    assert lowered_passes(OPTIONAL_PASSES, overlap="auto", side_stream=True) == []
 
 
 def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
@@ -49,6 +60,7 @@ def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
         *canonical_passes("auto", []),
         *rewrite_passes(Widening(Plan(), {})),
         *improving_passes(),
+        *lowered_passes(overlap="auto", side_stream=True),
     ]
     for _, function in passes:
         gm = graph_module()
@@ -58,7 +70,7 @@ def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
 def test_the_runner_recompiles_and_shows_only_what_changed():
     gm, seen = graph_module(), []
     passes = [("first", replace_neg), ("second", replace_neg)]
-    assert run_passes(gm, (), passes, lambda name, shown: seen.append((name, shown)))
+    assert run_passes(gm, (), passes, lambda name, shown: seen.append((name, shown))) == ["first"]
     assert seen == [("first", gm)]
     assert gm(torch.tensor(-1.0)) == 1.0
     assert not run_passes(gm, (), passes, lambda name, shown: seen.append((name, shown)))

@@ -274,6 +274,37 @@ def test_an_extra_fake_input_is_compiled_with_the_sizes_of_its_neighbour(lower: 
         assert torch.equal(step(x), x * 2 + 1)
 
 
+def test_a_lowering_sees_the_forward_and_the_backward_graph() -> None:
+    seen = {}
+
+    def backend(gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        copy, _ = private.copy_captured(gm)
+        inputs = [private.example_of(n) for n in copy.graph.nodes if n.op == "placeholder"]
+        return private.compile_aot_eager(copy, inputs, private.Lowering(look, "", ()))
+
+    def look(phase: str, gm: GraphModule) -> bool:
+        seen[phase] = {str(node.target) for node in gm.graph.nodes}
+        return False
+
+    x = example().requires_grad_()
+    torch.compile(lambda x: torch.tanh(x).sum(), backend=backend)(x).backward()
+    assert seen.keys() == {"fw", "bw"}
+    assert "aten.tanh.default" in seen["fw"] - seen["bw"]
+
+
+def test_inductor_has_a_place_for_passes_of_others_and_a_key_for_them() -> None:
+    from torch._inductor import config, custom_graph_pass  # noqa: TID251 - what we build on
+
+    assert custom_graph_pass.get_custom_graph_passes(config.post_grad_custom_post_pass) == ()
+    assert config.reorder_for_peak_memory
+    key = private._last_pass(private.Lowering(lambda phase, gm: False, "key", (__file__,))).uuid()
+    other = private._last_pass(private.Lowering(lambda phase, gm: False, "2", (__file__,))).uuid()
+    assert key != other
+    assert not private.schedules_collectives()
+    with config.patch(reorder_for_compute_comm_overlap=True):
+        assert private.schedules_collectives()
+
+
 def test_inductor_knows_the_modes_of_torch_compile() -> None:
     from torch._inductor import list_mode_options  # noqa: TID251 - what we pass on
 
@@ -365,3 +396,41 @@ def test_the_bodies_of_custom_ops_are_plain_functions() -> None:
     x = torch.randn(2, 3)
     assert torch.equal(body(x, 4, -1), torch.ops.mhc.expand(x, 4, -1))
     assert {torch.ops.mhc.pre.default, torch.ops.mhc.post_backward.default} <= set(bodies)
+
+
+def test_a_named_object_is_the_same_at_every_call_of_the_graph_that_was_compiled_with_it() -> None:
+    from torch._dynamo.graph_bytecode_inputs import get_external_object_by_index
+
+    event, seen = torch.Event("cpu"), []
+
+    def backend(gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        number = private.name_object(event)
+
+        def call(*args: Any) -> Any:
+            seen.append(get_external_object_by_index(number) is event)
+            return gm(*args)
+
+        return call
+
+    step = torch.compile(lambda x: x * 2, backend=backend)
+    for _ in range(2):
+        assert torch.equal(step(torch.ones(2)), 2 * torch.ones(2))
+    assert seen == [True, True]
+
+
+def test_torch_has_the_operators_for_streams_and_a_place_for_the_current_one() -> None:
+    table = private.torch_streams()
+    for operator in (table.record, table.wait):
+        assert [argument.name for argument in operator._schema.arguments][1] == "stream_index"
+        assert torch.fx.Graph().call_function(operator, (1, 0)).is_impure()
+    hold = torch.fx.Graph().call_function(table.hold, (None, 0))
+    assert [argument.name for argument in table.hold._schema.arguments] == [
+        *("tensor", "stream_index"),
+    ]
+    assert hold.is_impure()
+    assert table.current == 0
+
+
+def test_there_is_one_side_stream_for_each_device() -> None:
+    device = torch.device("cpu")
+    assert private._side_stream(device) is private._side_stream(device)

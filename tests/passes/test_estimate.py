@@ -130,6 +130,36 @@ def test_flops_of_an_mhc_op_are_those_of_its_projection_and_its_mixing() -> None
     assert node_flops(only(post, OPS.post.default)) == 2 * tokens * channels * (n * n + n)
 
 
+def test_a_learned_collapse_projects_n_columns_and_its_backward_makes_them_again() -> None:
+    n, channels, tokens = 4, 32, 10
+    state, phi, bias, alpha = (tensor.requires_grad_() for tensor in site(n, channels, tokens))
+    text = SiteSpec(streams=n, kernels="reference").encode()
+
+    def step(X: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor) -> Any:
+        x = OPS.collapse(X, phi, bias, alpha, "learned", text)
+        return torch.autograd.grad(x.sum(), X), OPS.collapse(X, None, None, None, "mean", text)
+
+    head = phi[:, :n].clone(), bias[:n].clone(), alpha[:1].clone()
+    gm = make_fx(step)(state, *head)
+    learned, mean = gm.graph.find_nodes(op="call_function", target=OPS.collapse.default)
+    once = 2 * tokens * n * channels * (n + 1)
+    assert (node_flops(learned), node_flops(mean)) == (once, 0)
+    assert node_flops(only(gm, OPS.collapse_backward.default)) == 3 * once
+
+
+def test_a_backward_that_adds_another_gradient_counts_like_one_that_does_not() -> None:
+    spec, (state, phi, bias, alpha) = SiteSpec(streams=2, kernels="reference"), site(2, 8, 5)
+    u, *mappings, saved = OPS.pre(state, phi, bias, alpha, spec.encode())
+
+    def step(*more: Tensor) -> Any:
+        args = (u, *mappings, state, phi, bias, alpha, saved, spec.encode())
+        return OPS.pre_backward(*args, *more)
+
+    plain, adds = (make_fx(step)(*more) for more in ((), (state,)))
+    one, other = (only(gm, OPS.pre_backward.default) for gm in (plain, adds))
+    assert node_flops(one) == node_flops(other) > 0
+
+
 def test_a_static_site_projects_nothing() -> None:
     text = SiteSpec(streams=2, dynamic=False).encode()
     gm = make_fx(lambda X, b: OPS.pre(X, None, b, None, text))(torch.ones(3, 2, 5), torch.ones(8))

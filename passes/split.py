@@ -1,0 +1,171 @@
+"""Split a site whose branch ends in a collective, so that a part of it can run meanwhile.
+
+    u, h_post, h_res = pre(X, phi, bias, alpha)
+        ->   u = premix(X, phi_pre, bias_pre, alpha_pre);  _, h_post, h_res = pre(X, ...)
+
+The branch needs u alone, and for that the n columns of phi that make H_pre. The mappings of the
+post-mix (the other n^2 + n columns, and the Sinkhorn steps) are wanted when the branch is done, and
+wait for nothing: the overlap pass can put them behind the start of a collective of the branch. The
+pre-mix is ``mhc::collapse`` in its learned form, which is the same equation. A seam becomes its
+post-mix and the two.
+
+What is paid for it is that X is read twice, by more kernels; the estimate decides site by site.
+Where kernels are bound by bytes, it is not worth it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from mhc_compile.kernels.constraints import constraint_of
+from mhc_compile.passes.collectives import is_wait, waits_of_starts
+from mhc_compile.passes.estimate import Device, device_of, node_seconds, transfer_seconds
+from mhc_compile.passes.states import COLLAPSE, POST, PRE, SEAM, spec_of
+from mhc_compile.passes.values import meta_of_part, value_of
+
+_ATEN = torch.ops.aten
+
+
+def split_sites_pass(
+    gm: GraphModule, example_inputs: Sequence[Any], *, device: Device | None = None
+) -> PassResult:
+    """Split every site of a lowered graph that gains by it, in place.
+
+    Left alone: static sites, which have nothing to compute; constraints with gates or norms of
+    their own; sites without a collective between u and the post-mix.
+
+    Args:
+        gm: a functional graph of ATen operations, as AOTAutograd makes it.
+        example_inputs: ignored.
+        device: what the estimate is for; None takes the graph's.
+    """
+    del example_inputs
+    starts = waits_of_starts(gm.graph)
+    if not starts:
+        return PassResult(gm, False)
+    device = device or device_of(gm.graph)
+    start_of = {wait: start for start, waits in starts.items() for wait in waits}
+    index = {node: number for number, node in enumerate(gm.graph.nodes)}
+    modified = False
+    for node in list(gm.graph.nodes):
+        if node.target not in (PRE, SEAM) or not _has_halves(node):
+            continue
+        pending = sum(transfer_seconds(start, device) for start in _pending(node, start_of, index))
+        if pending:
+            modified |= _split(gm.graph, node, pending, device)
+    return PassResult(gm, modified)
+
+
+def _has_halves(node: Node) -> bool:
+    """Whether the pre-mix of a site is a learned collapse, and anything reads its result."""
+    spec = spec_of(node)
+    constraint = constraint_of(spec)
+    same = spec.dynamic and constraint.gate == "sigmoid" and not constraint.per_stream
+    return same and bool(_parts(node, _first(node)))
+
+
+def _first(node: Node) -> int:
+    """Where u stands in the results."""
+    return 0 if node.target is PRE else 1
+
+
+def _parts(node: Node, position: int) -> list[Node]:
+    return [part for part in node.users if part.args[1:] == (position,)]
+
+
+def _pending(
+    site: Node, start_of: Mapping[Node, Node], index: Mapping[Node, int]
+) -> dict[Node, None]:
+    """Collectives that the branch waits for on its way from u to the post-mix of the site."""
+    branch: set[Node] = set()
+    todo = [
+        reader.args[1]
+        for part in _parts(site, _first(site) + 1)
+        for reader in part.users
+        if reader.target in (POST, SEAM) and reader.args[2] is part
+    ]
+    while todo:
+        node = todo.pop()
+        assert isinstance(node, Node)
+        if node not in branch and index.get(node, -1) > index[site]:
+            branch.add(node)
+            todo += node.all_input_nodes
+    reached = set(_parts(site, _first(site)))
+    found: dict[Node, None] = {}
+    for node in sorted(branch, key=index.__getitem__):
+        if reached.intersection(node.all_input_nodes):
+            reached.add(node)
+            if is_wait(node) and node in start_of:
+                found[start_of[node]] = None
+    return found
+
+
+def _split(graph: Graph, site: Node, pending: float, device: Device) -> bool:
+    """Put the halves of a site in its place if that is worth it."""
+    halves, places = _halves(site)
+    whole, *costs = (node_seconds(node, device) for node in (site, *halves.nodes))
+    total, mappings = sum(costs), costs[-2]  # the last node is the output
+    # Until the branch has its input, plus what of the mappings the collective is too short for.
+    if total - mappings + max(0.0, mappings - pending) >= whole:
+        return False
+    with graph.inserting_before(site):
+        made = graph.graph_copy(halves, places)
+    assert isinstance(made, tuple)
+    state, u, mapped = made
+    first = _first(site)
+    for part in list(site.users):
+        position = part.args[1]
+        assert isinstance(position, int), "a result is taken by number"
+        if position > first:
+            part.args = (mapped, position - first)
+        else:
+            part.replace_all_uses_with(u if position == first else state)
+            graph.erase_node(part)
+    graph.erase_node(site)
+    return True
+
+
+def _halves(site: Node) -> tuple[Graph, dict[Node, Node]]:
+    """The graph of the halves, and the nodes that its inputs stand for.
+
+    Its output is (state, u, results of pre); the last operation is the one that can wait.
+    """
+    graph, places = Graph(), dict[Node, Node]()
+
+    def read(source: Any) -> Node:
+        node = graph.placeholder(source.name)
+        node.meta = dict(source.meta)
+        places[node] = source
+        return node
+
+    def call(suffix: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = graph.create_node("call_function", target, args, kwargs, name=site.name + suffix)
+        operands = torch.fx.node.map_arg(args, value_of)
+        node.meta = {**meta_of_part(site), "val": _computed(target, operands, kwargs)}
+        return node
+
+    inputs = [read(source) for source in site.all_input_nodes]
+    of = dict(zip(site.all_input_nodes, inputs, strict=True))
+    spec, n = str(site.args[-1]), spec_of(site).streams
+    *state_args, phi, bias, alpha = (of[arg] for arg in site.args[:-1])  # type: ignore[index]
+    state = call("_post", POST, *state_args, spec) if site.target is SEAM else state_args[0]
+    columns = call("_columns", _ATEN.slice.Tensor, phi, 1, 0, n)
+    own = (
+        call("_phi", _ATEN.clone.default, columns, memory_format=torch.contiguous_format),
+        call("_bias", _ATEN.slice.Tensor, bias, 0, 0, n),
+        call("_alpha", _ATEN.slice.Tensor, alpha, 0, 0, 1),
+    )
+    u = call("_premix", COLLAPSE, state, *own, "learned", spec)
+    mapped = call("_mappings", PRE, state, phi, bias, alpha, spec)
+    graph.output((state, u, mapped))
+    return graph, places
+
+
+def _computed(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The result on fake tensors, under their own mode."""
+    mode = next(arg.fake_mode for arg in args if hasattr(arg, "fake_mode"))
+    with mode:
+        return target(*args, **kwargs)
