@@ -122,7 +122,6 @@ class Frame:
             module = module.get_submodule(key)
         source = DictGetItemSource(ParameterSource(source, "_parameters"), name)
         node = VariableBuilder(self._tx, source)(getattr(module, name)).as_proxy().node
-        node._dynamo_source = node.meta["grapharg"].source
         assert isinstance(node, Node)
         return node
 
@@ -190,6 +189,13 @@ def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return copy, where
 
 
+def note_source(placeholder: Node) -> Any:
+    """Dynamo's source of a placeholder; AOTAutograd wants it on each, and Dynamo adds it late."""
+    source = getattr(placeholder, "_dynamo_source", placeholder.meta["grapharg"].source)
+    placeholder._dynamo_source = source
+    return source
+
+
 def copy_signature(source: Graph, target: Graph, *, inputs: bool, outputs: bool) -> None:
     """Give ``target`` the call of the exported graph ``source``: its arguments, its result or both.
 
@@ -241,6 +247,12 @@ class Lowering:
     """Source files that it depends on, likewise."""
     cacheable: bool = True
     """Whether the result means the same in another process."""
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether ``value`` is a DTensor, real or fake."""
+    kind = sys.modules.get("torch.distributed.tensor")
+    return kind is not None and isinstance(value, kind.DTensor)
 
 
 def compile_inductor(
