@@ -3,7 +3,11 @@
 `tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
 """
 
+import contextlib
+import functools
 import inspect
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +24,11 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils._pytree import tree_flatten
 
 from mhc_compile.errors import UnsupportedGraphError
+from mhc_compile.passes.stream_lowering import StreamTable
 
 Compiled = Callable[..., Any]
 _RESUME = "torch_dynamo_resume_in"
@@ -181,6 +188,23 @@ def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return copy, where
 
 
+def copy_signature(source: Graph, target: Graph, *, inputs: bool, outputs: bool) -> None:
+    """Give ``target`` the call of the exported graph ``source``: its arguments, its result or both.
+
+    An exported graph takes and returns flat lists; what it shows to its caller is a tree.
+    """
+    info = getattr(source._codegen, "pytree_info", None)
+    if info is None or not (inputs or outputs):
+        return
+    names = [node.name for node in target.nodes if node.op == "placeholder"]
+    made = _PyTreeInfo(
+        orig_args=info.orig_args if inputs else names,
+        in_spec=info.in_spec if inputs else tree_flatten((tuple(names), {}))[1],
+        out_spec=info.out_spec if outputs else None,
+    )
+    target.set_codegen(_PyTreeCodeGen(made))
+
+
 def example_of(placeholder: Node) -> Any:
     """The real value Dynamo will pass for a placeholder of its graph."""
     return placeholder.meta["grapharg"].example
@@ -213,6 +237,8 @@ class Lowering:
     """Settings that the result depends on; part of Inductor's cache key."""
     files: tuple[str, ...]
     """Source files that it depends on, likewise."""
+    cacheable: bool = True
+    """Whether the result means the same in another process."""
 
 
 def compile_inductor(
@@ -253,6 +279,8 @@ def _last_pass(lowering: Lowering) -> Any:
                 config.reorder_for_peak_memory = False  # it might undo the order
 
         def uuid(self) -> Any:
+            if not lowering.cacheable:
+                return None
             return get_hash_for_files(lowering.files, lowering.key)
 
     return LastPass()
@@ -296,6 +324,58 @@ def schedules_collectives() -> bool:
         config.aten_distributed_optimizations.enable_overlap_scheduling
         or config.reorder_for_compute_comm_overlap
     )
+
+
+def torch_streams() -> StreamTable:
+    """Torch's operators for streams, and its table of the objects that graphs name by number."""
+    from torch._dynamo.graph_bytecode_inputs import CURRENT_STREAM_INDEX
+    from torch._dynamo.variables import streams  # registers the operators
+    from torch._functorch._aot_autograd.streams import wrap_all_sync_nodes_with_control_deps
+
+    assert streams is not None
+    ops = torch.ops.streams
+    return StreamTable(
+        record=ops.record_event.default,
+        wait=ops.wait_event.default,
+        hold=ops.record_stream.default,
+        current=CURRENT_STREAM_INDEX,
+        side=lambda device: name_object(_side_stream(device)),
+        event=lambda device: name_object(torch.Event(device)),
+        fence=wrap_all_sync_nodes_with_control_deps,
+    )
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.Stream:
+    """One for all graphs: its memory is a pool of its own."""
+    return torch.Stream(device, priority=-1)
+
+
+_named: list[Any] = []
+
+
+def named_object(number: int) -> Any:
+    """What `name_object` was given; compiled code calls this."""
+    return _named[number]
+
+
+def name_object(value: Any) -> int:
+    """A number by which operators of the graph that is being compiled find ``value``.
+
+    Torch would make a new object for every call of the compiled code; this one stays.
+    """
+    from torch._dynamo.bytecode_transformation import create_call_function
+    from torch._dynamo.graph_bytecode_inputs import register_graph_created_object
+
+    number = len(_named)
+    _named.append(value)
+
+    def load(_index: int, codegen: Any) -> None:
+        codegen.add_push_null(lambda: codegen.load_import_from(__name__, "named_object"))
+        codegen.append_output(codegen.create_load_const(number))
+        codegen.extend_output(create_call_function(1, False))
+
+    return register_graph_created_object(value, load)
 
 
 def trace_autograd(
@@ -357,6 +437,56 @@ def passing_through(error: Exception) -> Exception:
         "__module__": kind.__module__, "__init__": init,
     })  # fmt: skip
     return cls(str(error)).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBreak:
+    """Where Dynamo could not go on, and what it says of it."""
+
+    source: str
+    """``file.py:123`` of the user's line."""
+    reason: str
+    """Its explanation, and the setting that it proposes where there is one."""
+
+
+class _BreakHandler(logging.Handler):
+    """Reads graph breaks off Dynamo's log: it keeps no list of those that give up a whole frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks: list[GraphBreak] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _BREAK.search(record.getMessage())
+        if found is not None:
+            path, line, text = found.groups()
+            lines = [part.strip() for part in text.splitlines()]
+            told = [part for part in lines if part.startswith("Explanation:")][:1] or lines[:1]
+            told += [p for p in lines if p.startswith("Hint:") and "torch._dynamo.config" in p]
+            reason = " ".join(told).removeprefix("Explanation: ")
+            name = path.replace(chr(92), "/").rsplit("/", 1)[-1]
+            self.breaks.append(GraphBreak(f"{name}:{line}", reason))
+
+
+_BREAK = re.compile(r"in user code at (.+):(\d+)\nGraph Break Reason: (.*)", re.DOTALL)
+
+
+@contextlib.contextmanager
+def watch_breaks() -> Iterator[list[GraphBreak]]:
+    """The graph breaks that happen inside, in their order; what the user logs stays the same."""
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    was_on, level, propagate = logger.isEnabledFor(logging.DEBUG), logger.level, logger.propagate
+    handler = _BreakHandler()
+    logger.addHandler(handler)
+    if not was_on:
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+    try:
+        yield handler.breaks
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def reset_dynamo() -> None:

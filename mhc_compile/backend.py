@@ -1,5 +1,7 @@
 """The backend: ``torch.compile(model, backend="mhc")``."""
 
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from mhc_compile.binding import bind, lift_parameters
 from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
 from mhc_compile.dump import write_recorded
-from mhc_compile.errors import ConfigError, MHCError
+from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, settle_options, sites_of
@@ -40,6 +42,10 @@ from mhc_compile.pipeline import (
 from mhc_compile.recorder import GraphRecord, Recorder, recorder_of_environment
 
 _PASSES = Path(passes.__file__).parent
+_ONE_CONNECTION = (
+    "CUDA_DEVICE_MAX_CONNECTIONS=1 puts the work of all streams into one queue, so that a side "
+    "stream hides less: leave it unset with side_stream=True, or set side_stream=False"
+)
 
 
 def mhc(
@@ -148,7 +154,12 @@ def _lowering(
     """What happens to the graphs of AOTAutograd; None if nothing."""
     overlap = "off" if schedules_collectives() else config.overlap
     report = record.overlap.append if record is not None else None
-    lowered = lowered_passes(config.skip_passes, overlap=overlap, report=report)
+    side_stream = config.side_stream and config.inner == "inductor"  # others have one stream
+    lowered = lowered_passes(
+        config.skip_passes, overlap=overlap, side_stream=side_stream, report=report
+    )
+    if side_stream and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        warnings.warn(_ONE_CONNECTION, MHCWarning, stacklevel=2)
     if not lowered:
         return None
 
@@ -160,7 +171,9 @@ def _lowering(
         return not ORDERING_PASSES.isdisjoint(changed)
 
     names = " ".join(name for name, _ in lowered)
-    return Lowering(run, names, tuple(map(str, sorted(_PASSES.glob("*.py")))))
+    files = tuple(map(str, sorted(_PASSES.glob("*.py"))))
+    # Streams and events are numbers in the graph, and mean objects of this process.
+    return Lowering(run, names, files, cacheable=not side_stream)
 
 
 def _lower(

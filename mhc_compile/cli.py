@@ -16,7 +16,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.convert import convert_, explain, is_converted
 from mhc_compile.dump import write_dump
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
-from mhc_compile.inspection import trace_stages
+from mhc_compile.inspection import lowered_graphs, trace_stages
 from mhc_compile.kernel_report import (
     TARGETS,
     kernel_report,
@@ -30,11 +30,13 @@ from mhc_compile.plots import plot_stability
 from mhc_compile.render import progress, show, show_error
 from mhc_compile.stability import stability
 from mhc_compile.stages import CUSTOM, DIALECTS, FORMATS, PHASES, DumpOptions
+from mhc_compile.stream_report import stream_report
 from mhc_compile.tables import (
     count,
     memory_tables,
     report_tables,
     stability_tables,
+    stream_tables,
     summary_line,
     verify_tables,
 )
@@ -92,12 +94,20 @@ def _explain(options: argparse.Namespace) -> int:
     with progress("explain") as tell:
         model, args, kwargs = _build(options, tell)
         tell("looking for residual sites")
-        report = explain(model, *args, config=_config(options), **kwargs)
-    plan = memory_plan(report) if options.memory else None
+        if options.timeline:
+            report, lowered = lowered_graphs(model, *args, config=_config(options), **kwargs)
+            tell("planning streams")
+            streams = stream_report(report.model, lowered)
+            text, tables = streams.to_json(), stream_tables(streams)
+        else:
+            report = explain(model, *args, config=_config(options), **kwargs)
+            text, tables = report.to_json(), report_tables(report, every_add=options.all)
+    if options.memory:
+        plan = memory_plan(report)
+        text, tables = plan.to_json(), memory_tables(plan)
     if options.json:
-        print((plan or report).to_json())
+        print(text)
     else:
-        tables = memory_tables(plan) if plan else report_tables(report, every_add=options.all)
         show(summary_line(report), tables, report.notes)
     return _require_match(options, found=bool(report.converted))
 
@@ -206,8 +216,14 @@ def _parser() -> argparse.ArgumentParser:
     listing = _verb(verbs, "explain", _explain, "list residual sites, trunks and other adds")
     listing.add_argument("--all", action="store_true", help="list every other add, not examples")
 
-    listing.add_argument(
+    instead = listing.add_mutually_exclusive_group()
+    instead.add_argument(
         "--memory", action="store_true", help="what each trunk keeps for the backward, instead"
+    )
+    instead.add_argument(
+        "--timeline",
+        action="store_true",
+        help="what a second stream of a GPU would gain by estimate, instead",
     )
 
     dump = _verb(verbs, "dump", _dump, "write the graphs before and after each pass")

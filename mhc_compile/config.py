@@ -86,9 +86,13 @@ class MHCConfig:
     """"auto" runs work that a collective does not need between its start and its wait, on the
     graphs of AOTAutograd; where Inductor's own overlap scheduling is switched on, that does it.
     "off" leaves the order of the program."""
+    side_stream: bool = False
+    """Whether the work of the streams around MLPs runs on a second stream of a GPU, where the
+    estimate says that it gains by it; with ``inner="inductor"`` only. No GPU has run this yet."""
     skip_passes: tuple[str, ...] = ()
     """Passes to leave out: ``join_seams_pass``, ``accumulate_gradients_pass``,
-    ``split_sites_pass``, ``overlap_collectives_pass``. The result is the same, and slower."""
+    ``split_sites_pass``, ``overlap_collectives_pass``, ``assign_streams_pass``,
+    ``lower_streams_pass``. The result is the same, and slower."""
     on_eager: OnEager = "raise"
     """What a converted model does when it is called without the "mhc" backend."""
 
@@ -122,6 +126,8 @@ class MHCConfig:
                 f"recompute={self.recompute!r} is not allowed: use 'auto', 'off' or the number of "
                 "sites in a block"
             )
+        if not isinstance(self.side_stream, bool):
+            raise ConfigError(f"side_stream={self.side_stream!r} is not allowed: use True or False")
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(
                 f"collapse='sum' multiplies the trunk by {self.streams} and so cannot preserve the "

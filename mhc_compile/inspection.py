@@ -1,20 +1,26 @@
 """Watch a model go through the passes."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from mhc_compile._torch_private import passing_through, reset_dynamo
+from mhc_compile._torch_private import (
+    copy_captured,
+    passing_through,
+    reset_dynamo,
+    trace_autograd,
+)
 from mhc_compile.backend import compile_frame
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import convert_, is_converted, revert_
 from mhc_compile.errors import MHCError
 from mhc_compile.mlir import check_mlir
-from mhc_compile.recorder import Recorder
+from mhc_compile.passes.widen import Widening
+from mhc_compile.recorder import GraphRecord, Recorder
 from mhc_compile.report import Report
 from mhc_compile.stages import DumpOptions
 
@@ -42,12 +48,80 @@ def trace_stages(
         ConfigError: MLIR is wanted and cannot be made.
         UnsupportedGraphError: the model cannot be converted, or not be lowered to the MLIR dialect.
     """
-    config = config or MHCConfig()
-    converted_before = is_converted(model)
     options = options or DumpOptions()
     if "mlir" in options.formats:
         check_mlir(options.mlir_dialect, options.mlir_custom)
     recorder = Recorder(options)
+    return _watch(recorder, model, args, kwargs, config or MHCConfig()), recorder
+
+
+@dataclass(slots=True)
+class LoweredGraph:
+    """A graph of AOTAutograd."""
+
+    graph: int
+    """Which graph of the model; more than one means graph breaks."""
+    phase: str
+    """``fw`` or ``bw``."""
+    gm: GraphModule
+
+
+def lowered_graphs(
+    model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any
+) -> tuple[Report, list[LoweredGraph]]:
+    """What AOTAutograd makes of the rewritten graphs; the model is converted back.
+
+    Args:
+        model: as for `trace_stages`, like ``config``.
+        *args: example inputs, as the model takes them.
+        config: choices; the defaults if None.
+        **kwargs: further example inputs.
+
+    Returns:
+        The report of the conversion, and the forward and backward graph of every graph; without
+        gradients the forward graph alone.
+
+    Raises:
+        UnsupportedGraphError: the model cannot be converted.
+    """
+    recorder = _LoweredRecorder()
+    report = _watch(recorder, model, args, kwargs, config or MHCConfig())
+    return report, recorder.lowered
+
+
+@dataclass(slots=True)
+class _LoweredRecorder(Recorder):
+    """Keeps the graphs of AOTAutograd, which others would only write down."""
+
+    lowered: list[LoweredGraph] = field(default_factory=list)
+
+    def start(self) -> GraphRecord:
+        self.graphs.append(_LoweredRecord(len(self.graphs), self.options, lowered=self.lowered))
+        return self.graphs[-1]
+
+
+@dataclass(slots=True, kw_only=True)
+class _LoweredRecord(GraphRecord):
+    lowered: list[LoweredGraph]
+
+    def rewritten(self, gm: GraphModule, widening: Widening, inputs: Sequence[Any]) -> None:
+        def see(phase: str, traced: GraphModule) -> None:
+            if phase != "joint":
+                self.lowered.append(LoweredGraph(self.number, phase, traced))
+
+        copy, _ = copy_captured(gm)
+        trace_autograd(copy, inputs, see)
+
+
+def _watch(
+    recorder: Recorder,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: MHCConfig,
+) -> Report:
+    """Compile ``model`` with a recorder at hand, and leave it as it was."""
+    converted_before = is_converted(model)
     report = convert_(model, *args, config=config, **kwargs)
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -63,4 +137,4 @@ def trace_stages(
         reset_dynamo()
         if not converted_before:
             revert_(model)
-    return report, recorder
+    return report

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mhc_compile._torch_private import torch_streams
 from mhc_compile.passes.canonicalize import canonicalize_pass
 from mhc_compile.passes.chains import Chain, rewrite_chains_pass
 from mhc_compile.passes.gradients import accumulate_gradients_pass
@@ -14,19 +15,20 @@ from mhc_compile.passes.overlap import Overlap, overlap_collectives_pass
 from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.split import split_sites_pass
+from mhc_compile.passes.stream_lowering import lower_streams_pass
+from mhc_compile.passes.streams import assign_streams_pass
 from mhc_compile.passes.widen import Widening, widen_trunks_pass
 
 Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
 OPTIONAL_PASSES = (
-    "join_seams_pass",
-    "accumulate_gradients_pass",
-    "split_sites_pass",
-    "overlap_collectives_pass",
+    *("join_seams_pass", "accumulate_gradients_pass"),
+    *("split_sites_pass", "overlap_collectives_pass"),
+    *("assign_streams_pass", "lower_streams_pass"),
 )
 """The passes that only improve a graph, and so can be switched off."""
-ORDERING_PASSES = frozenset({"overlap_collectives_pass"})
+ORDERING_PASSES = frozenset({"overlap_collectives_pass", "lower_streams_pass"})
 """The passes whose result is the order of the nodes, which nothing behind them may change."""
 
 
@@ -77,6 +79,7 @@ def lowered_passes(
     skip: Collection[str] = (),
     *,
     overlap: Literal["auto", "off"] = "off",
+    side_stream: bool = False,
     report: Callable[[Overlap], None] | None = None,
 ) -> list[tuple[str, Pass]]:
     """What happens to each graph that AOTAutograd makes, forward and backward, in order.
@@ -84,6 +87,7 @@ def lowered_passes(
     Args:
         skip: names to leave out, of `OPTIONAL_PASSES`.
         overlap: as in `MHCConfig`.
+        side_stream: likewise.
         report: gets what runs while collectives are pending.
     """
     passes: list[tuple[str, Pass]] = [("accumulate_gradients_pass", accumulate_gradients_pass)]
@@ -92,6 +96,11 @@ def lowered_passes(
         passes.append(("split_sites_pass", split_sites_pass))
         schedule = functools.partial(overlap_collectives_pass, report=report)
         passes.append(("overlap_collectives_pass", schedule))
+    if side_stream:
+        # Behind whatever changes the order: plans hold for one order alone.
+        passes.append(("assign_streams_pass", assign_streams_pass))
+        lower = functools.partial(lower_streams_pass, table=torch_streams())
+        passes.append(("lower_streams_pass", lower))
     return [(name, function) for name, function in passes if name not in skip]
 
 

@@ -4,6 +4,7 @@
 the same bytes for the same report.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from mhc_compile.report import Report, Site, TrunkOperation
 from mhc_compile.stages import Stage, count_changes
 
 if TYPE_CHECKING:  # verify compiles, and the backend writes dumps with tables
+    from mhc_compile.passes.simulate import Timeline
     from mhc_compile.stability import Mixing, StabilityReport
+    from mhc_compile.stream_report import GraphStreams, StreamReport
     from mhc_compile.verify import VerifyReport
 
 _EXAMPLES = 3
@@ -276,6 +279,60 @@ def memory_tables(plan: MemoryPlan) -> list[Table]:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.2f}"
+
+
+def stream_tables(report: "StreamReport") -> list[Table]:
+    """What two streams are predicted to gain, and what would run on them when."""
+    gains = [
+        (
+            f"{graph.graph} {graph.phase}",
+            str(len(graph.plan.side)),
+            _microseconds(graph.plan.one.makespan),
+            _microseconds(graph.plan.two.makespan),
+            f"{100 * (1 - graph.plan.two.makespan / graph.plan.one.makespan):.1f} %",
+            _microseconds(graph.plan.two.host),
+            "kept" if graph.plan.gains else "left: no gain",
+        )
+        for graph in report.graphs
+    ]
+    columns = ("graph", "on the side", "one stream", "two streams", "gain", "host", "plan")
+    title = f"Predicted for {report.device.name}, microseconds"
+    tables = [Table(title=title, columns=columns, rows=tuple(gains))]
+    return [*tables, *map(_lanes, report.graphs)] if gains else []
+
+
+def _lanes(graph: "GraphStreams") -> Table:
+    """A plan in time: how busy each stream is, column by column."""
+    lanes = {"one stream": (graph.plan.one, 0), "main": (graph.plan.two, 0)}
+    lanes |= {"side": (graph.plan.two, 1), "link": (graph.plan.two, -1)}
+    end = max(graph.plan.one.makespan, graph.plan.two.makespan)
+    rows = tuple(
+        (name, f"{100 * timeline.busy(stream) / end:.0f} %", _drawn(timeline, stream, end))
+        for name, (timeline, stream) in lanes.items()
+        if timeline.busy(stream) or name == "side"
+    )
+    title = f"Graph {graph.graph} {graph.phase}, {end * 1e6:,.0f} microseconds from left to right"
+    return Table(title=title, columns=("stream", "busy", "timeline"), rows=rows)
+
+
+_COLUMNS, _SHADES = 72, " .:-=#"
+
+
+def _drawn(timeline: "Timeline", stream: int, end: float) -> str:
+    """One character for each part of the time: the darker, the longer the stream ran in it."""
+    width = end / _COLUMNS
+    shares = [0.0] * _COLUMNS
+    for span in timeline.spans:
+        if span.stream == stream:
+            for column in range(int(span.start / width), min(_COLUMNS, int(span.end / width) + 1)):
+                first, last = column * width, (column + 1) * width
+                shares[column] += max(0.0, min(span.end, last) - max(span.start, first)) / width
+    darkest = len(_SHADES) - 1
+    return "".join(_SHADES[min(darkest, math.ceil(share * darkest))] for share in shares)
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f}"
 
 
 def verify_tables(report: "VerifyReport") -> list[Table]:

@@ -46,11 +46,13 @@ def test_the_passes_and_their_order_are_these():
         "split_sites_pass",
         "overlap_collectives_pass",
     ]
+    names = [name for name, _ in lowered_passes(overlap="auto", side_stream=True)]
+    assert names[3:] == ["assign_streams_pass", "lower_streams_pass"]
 
 
 def test_passes_that_only_improve_can_be_left_out_by_name():
     assert improving_passes(OPTIONAL_PASSES) == []
-    assert lowered_passes(OPTIONAL_PASSES, overlap="auto") == []
+    assert lowered_passes(OPTIONAL_PASSES, overlap="auto", side_stream=True) == []
 
 
 def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
@@ -58,7 +60,7 @@ def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
         *canonical_passes("auto", []),
         *rewrite_passes(Widening(Plan(), {})),
         *improving_passes(),
-        *lowered_passes(overlap="auto"),
+        *lowered_passes(overlap="auto", side_stream=True),
     ]
     for _, function in passes:
         gm = graph_module()

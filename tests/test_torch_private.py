@@ -396,3 +396,41 @@ def test_the_bodies_of_custom_ops_are_plain_functions() -> None:
     x = torch.randn(2, 3)
     assert torch.equal(body(x, 4, -1), torch.ops.mhc.expand(x, 4, -1))
     assert {torch.ops.mhc.pre.default, torch.ops.mhc.post_backward.default} <= set(bodies)
+
+
+def test_a_named_object_is_the_same_at_every_call_of_the_graph_that_was_compiled_with_it() -> None:
+    from torch._dynamo.graph_bytecode_inputs import get_external_object_by_index
+
+    event, seen = torch.Event("cpu"), []
+
+    def backend(gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        number = private.name_object(event)
+
+        def call(*args: Any) -> Any:
+            seen.append(get_external_object_by_index(number) is event)
+            return gm(*args)
+
+        return call
+
+    step = torch.compile(lambda x: x * 2, backend=backend)
+    for _ in range(2):
+        assert torch.equal(step(torch.ones(2)), 2 * torch.ones(2))
+    assert seen == [True, True]
+
+
+def test_torch_has_the_operators_for_streams_and_a_place_for_the_current_one() -> None:
+    table = private.torch_streams()
+    for operator in (table.record, table.wait):
+        assert [argument.name for argument in operator._schema.arguments][1] == "stream_index"
+        assert torch.fx.Graph().call_function(operator, (1, 0)).is_impure()
+    hold = torch.fx.Graph().call_function(table.hold, (None, 0))
+    assert [argument.name for argument in table.hold._schema.arguments] == [
+        *("tensor", "stream_index"),
+    ]
+    assert hold.is_impure()
+    assert table.current == 0
+
+
+def test_there_is_one_side_stream_for_each_device() -> None:
+    device = torch.device("cpu")
+    assert private._side_stream(device) is private._side_stream(device)

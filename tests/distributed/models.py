@@ -96,23 +96,28 @@ class Trace:
     losses: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def add(self, loss: float, named: Iterable[tuple[str, Tensor]]) -> None:
+    def add(self, loss: float | None, named: Iterable[tuple[str, Tensor]]) -> None:
         """Note one step."""
-        self.losses.append(loss)
+        if loss is not None:
+            self.losses.append(loss)
         self.gradients.append({name.replace("_orig_mod.", ""): g.clone() for name, g in named})
 
     def distance(self, expected: "Trace") -> dict[str, float]:
-        """Largest difference of losses, and of gradients relative to the step's largest one."""
-        assert [g.keys() for g in self.gradients] == [g.keys() for g in expected.gradients]
+        """Largest difference of losses, and of gradients relative to the step's largest one.
+
+        ``covered`` is the share of all parameters that this trace has gradients of; a rank that
+        does not compute the loss has noted none.
+        """
         worst = {"loss": 0.0, "gradient": 0.0}
-        for mine, other in zip(self.losses, expected.losses, strict=True):
-            worst["loss"] = max(worst["loss"], abs(mine - other))
+        if self.losses:
+            pairs = zip(self.losses, expected.losses, strict=True)
+            worst["loss"] = max(abs(mine - other) for mine, other in pairs)
         for ours, theirs in zip(self.gradients, expected.gradients, strict=True):
             scale = max(float(g.abs().max()) for g in theirs.values())
             for name, gradient in ours.items():
                 off = float((gradient - theirs[name]).abs().max()) / scale
                 worst["gradient"] = max(worst["gradient"], off)
-        return worst
+        return worst | {"covered": len(self.gradients[0]) / len(expected.gradients[0])}
 
 
 def named_gradients(model: nn.Module) -> list[tuple[str, Tensor]]:

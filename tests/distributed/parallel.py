@@ -1,6 +1,7 @@
 """What the ranks of the data- and tensor-parallel tests do."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,33 @@ from tests.nets import compile_blocks_, compiled
 Distance = dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A model laid out over ranks, ready to train."""
+
+    model: nn.Module
+    """Holds the parameters."""
+    forward: Callable[[Tensor], Tensor]
+    """What is called."""
+    data: DeviceMesh | None = None
+    """The mesh over which batches are split; None for whole batches."""
+    sequence: DeviceMesh | None = None
+    """The mesh over which the sequence is split."""
+
+    def step(self, number: int) -> float:
+        """Forward and backward of a step; the mean loss over all ranks."""
+        parts, part = (self.data.size(), self.data.get_local_rank()) if self.data else (1, 0)
+        tokens, targets = (half.chunk(parts)[part] for half in batch(number))
+        loss = loss_of(self.forward(tokens), targets)
+        loss.backward()
+        if self.sequence is not None:
+            all_reduce_gradients_(self.model, self.sequence)
+        mean = loss.detach() / parts
+        if self.data is not None:
+            dist.all_reduce(mean, group=self.data.get_group())
+        return float(mean)
+
+
 def _alone() -> Trace:
     """The same training on one process; eager autograd through the ops."""
     model = fresh()
@@ -46,32 +74,12 @@ def _full(gradients: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(name, g.full_tensor() if isinstance(g, DTensor) else g) for name, g in gradients]
 
 
-def _train(
-    model: nn.Module,
-    forward: Callable[[Tensor], Tensor],
-    data: DeviceMesh | None = None,
-    finish: Callable[[], None] = lambda: None,
-) -> Trace:
-    """Train on this rank's part of each batch.
-
-    Args:
-        model: holds the parameters.
-        forward: what is called.
-        data: the mesh over which batches are split; None for whole batches.
-        finish: runs between backward and step.
-    """
-    trace, optimizer = Trace(), torch.optim.SGD(model.parameters(), RATE)
-    parts, part = (data.size(), data.get_local_rank()) if data is not None else (1, 0)
-    for step in range(STEPS):
-        tokens, targets = (half.chunk(parts)[part] for half in batch(step))
+def _train(job: Job) -> Trace:
+    trace, optimizer = Trace(), torch.optim.SGD(job.model.parameters(), RATE)
+    for number in range(STEPS):
         optimizer.zero_grad()
-        loss = loss_of(forward(tokens), targets)
-        loss.backward()
-        finish()
-        mean = loss.detach() / parts
-        if data is not None:
-            dist.all_reduce(mean, group=data.get_group())
-        trace.add(float(mean), _full(named_gradients(model)))
+        loss = job.step(number)
+        trace.add(loss, _full(named_gradients(job.model)))
         optimizer.step()
     torch.compiler.reset()
     return trace
@@ -83,29 +91,30 @@ def ddp(rank: int) -> Distance:
     expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
     torch._dynamo.config.optimize_ddp = False
     wrapped = DistributedDataParallel(model)
-    return _train(model, compiled(wrapped, "aot_eager"), mesh).distance(expected)
+    return _train(Job(model, compiled(wrapped, "aot_eager"), data=mesh)).distance(expected)
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    for layer in model.get_submodule("layers"):
+    for layer in model.get_submodule("layers").children():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
+def fsdp_job(*, whole: bool = False) -> Job:
+    """FSDP2 around each layer, over all ranks; compiled as a whole or layer by layer."""
+    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), fresh()
+    _shard(model, mesh)
+    if whole:
+        return Job(model, compiled(model, "aot_eager"), data=mesh)
+    compile_blocks_(model.get_submodule("layers").children(), "aot_eager")
+    return Job(model, model, data=mesh)
+
+
 def fsdp(rank: int) -> dict[str, Distance]:
-    """FSDP2 around each layer, compiled as a whole and layer by layer."""
+    """FSDP2, compiled in both ways."""
     del rank
-    expected, mesh, found = _alone(), init_device_mesh("cpu", (2,)), {}
-    for name in ("whole", "layers"):
-        model = fresh()
-        _shard(model, mesh)
-        forward: Callable[[Tensor], Tensor] = model
-        if name == "whole":
-            forward = compiled(model, "aot_eager")
-        else:
-            compile_blocks_(model.get_submodule("layers"), "aot_eager")
-        found[name] = _train(model, forward, mesh).distance(expected)
-    return found
+    expected = _alone()
+    return {str(whole): _train(fsdp_job(whole=whole)).distance(expected) for whole in (True, False)}
 
 
 def _plan(*, sequence: bool) -> dict[str, ParallelStyle]:
@@ -132,7 +141,7 @@ def tensor_parallel(rank: int) -> Distance:
     del rank
     expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
     parallelize_module(model, mesh, _plan(sequence=False))
-    return _train(model, compiled(model, "aot_eager")).distance(expected)
+    return _train(Job(model, compiled(model, "aot_eager"))).distance(expected)
 
 
 def sequence_parallel(rank: int, summed: bool = True) -> Distance:
@@ -140,24 +149,22 @@ def sequence_parallel(rank: int, summed: bool = True) -> Distance:
     del rank
     expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
     parallelize_module(model, mesh, _plan(sequence=True))
+    job = Job(model, compiled(model, "aot_eager"), sequence=mesh if summed else None)
+    return _train(job).distance(expected)
 
-    def finish() -> None:
-        if summed:
-            all_reduce_gradients_(model, mesh)
 
-    return _train(model, compiled(model, "aot_eager"), finish=finish).distance(expected)
+def two_dimensional_job() -> Job:
+    """Layers sharded over one dimension of a mesh, sequence and products split over the other."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    model = fresh()
+    parallelize_module(model, mesh["tp"], _plan(sequence=True))
+    compile_blocks_(model.get_submodule("layers").children(), "aot_eager")
+    _shard(model, mesh["dp"])
+    return Job(model, model, data=mesh["dp"], sequence=mesh["tp"])
 
 
 def tensor_parallel_and_fsdp(rank: int) -> Distance:
-    """A 2-D mesh: layers sharded over one dimension, sequence and products over the other."""
+    """The documented order: convert, parallelize, compile, shard."""
     del rank
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    expected, model = _alone(), fresh()
-    parallelize_module(model, mesh["tp"], _plan(sequence=True))
-    compile_blocks_(model.get_submodule("layers"), "aot_eager")
-    _shard(model, mesh["dp"])
-
-    def finish() -> None:
-        all_reduce_gradients_(model, mesh["tp"])
-
-    return _train(model, model, mesh["dp"], finish).distance(expected)
+    expected = _alone()
+    return _train(two_dimensional_job()).distance(expected)

@@ -52,6 +52,29 @@ def test_every_site_has_a_source_that_is_python(n: int, dynamic: bool) -> None:
         assert n > 4 or max(map(len, text.splitlines())) <= 110
 
 
+def persistent(text: str) -> set[str]:
+    """Kernels whose programs take tile after tile of the grid, or loop without a bound."""
+    return {
+        function.name
+        for function in ast.parse(text).body
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.While)
+        or (isinstance(node, ast.Attribute) and node.attr == "num_programs")
+    }
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_no_kernel_is_persistent_and_keeps_its_processor_from_other_streams(dynamic: bool) -> None:
+    for kind in CONSTRAINTS.values():
+        spec = SiteSpec(streams=4, constraint=kind.name, dynamic=dynamic)
+        assert persistent(source(spec, torch.bfloat16)) == set()
+    loop = (
+        "def k(X, N):\n    for t in range(tl.program_id(0), N, tl.num_programs(0)):\n        pass"
+    )
+    assert persistent(loop) == {"k"}
+
+
 def test_a_constraint_changes_only_its_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, other = SiteSpec(streams=3), SiteSpec(streams=3, constraint="orthogonal")
     own = constraint_of(spec).triton(spec)
