@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.timing import by_turns, machine
+from benchmarks.timing import by_turns, keep_freed_memory, machine
 
 _BACKENDS: dict[str, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
@@ -184,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows = [row for subject in options.only for row in measure(subject, options)]
     columns = ("subject", "backend", "compile s", "min ms", "median ms", "graph nodes")
     table = Table(*columns, title=f"forward + backward, {options.iters} Sinkhorn iterations")

@@ -74,6 +74,15 @@ _PARTS = (
         "Seconds of each pass on decoders of growing depth.",
     ),
     _Part(
+        "overlap",
+        "Work behind a collective",
+        (),
+        "A training step of tensor parallel sites on two ranks of one thread each; the link takes "
+        "`link` milliseconds for every all-reduce and no processor time. Wall milliseconds of one "
+        "rank. `ratio` is the median over pairs of steps that followed each other, with its "
+        "quartiles; `predicted` is the same by the estimate of every node's time.",
+    ),
+    _Part(
         "chains",
         "Hyper-connections written by hand",
         (),

@@ -3,8 +3,12 @@
 `tests/test_torch_private.py` asserts each of them, so that a new torch fails one clear test.
 """
 
+import contextlib
 import functools
 import inspect
+import logging
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +24,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._guards import Source
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils._pytree import tree_flatten
 
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.passes.stream_lowering import StreamTable
@@ -182,6 +188,23 @@ def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return copy, where
 
 
+def copy_signature(source: Graph, target: Graph, *, inputs: bool, outputs: bool) -> None:
+    """Give ``target`` the call of the exported graph ``source``: its arguments, its result or both.
+
+    An exported graph takes and returns flat lists; what it shows to its caller is a tree.
+    """
+    info = getattr(source._codegen, "pytree_info", None)
+    if info is None or not (inputs or outputs):
+        return
+    names = [node.name for node in target.nodes if node.op == "placeholder"]
+    made = _PyTreeInfo(
+        orig_args=info.orig_args if inputs else names,
+        in_spec=info.in_spec if inputs else tree_flatten((tuple(names), {}))[1],
+        out_spec=info.out_spec if outputs else None,
+    )
+    target.set_codegen(_PyTreeCodeGen(made))
+
+
 def example_of(placeholder: Node) -> Any:
     """The real value Dynamo will pass for a placeholder of its graph."""
     return placeholder.meta["grapharg"].example
@@ -198,12 +221,18 @@ def fake_like(example: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
     return made.requires_grad_(example.requires_grad)
 
 
+def is_pending(value: object) -> bool:
+    """Whether ``value`` is a collective of eager DTensor code that nobody has waited for yet."""
+    kind = sys.modules.get("torch.distributed._functional_collectives")  # not in every build
+    return kind is not None and isinstance(value, kind.AsyncCollectiveTensor)
+
+
 @dataclass(frozen=True, slots=True)
 class Lowering:
     """Changes that graphs of AOTAutograd go through before they run, or Inductor compiles them."""
 
     run: Callable[[str, GraphModule], bool]
-    """Changes a graph, of phase "fw" or "bw", in place; returns whether it changed anything."""
+    """Changes a graph, of phase "fw" or "bw", in place; returns whether the order is to stay."""
     key: str
     """Settings that the result depends on; part of Inductor's cache key."""
     files: tuple[str, ...]
@@ -408,6 +437,56 @@ def passing_through(error: Exception) -> Exception:
         "__module__": kind.__module__, "__init__": init,
     })  # fmt: skip
     return cls(str(error)).with_traceback(error.__traceback__)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBreak:
+    """Where Dynamo could not go on, and what it says of it."""
+
+    source: str
+    """``file.py:123`` of the user's line."""
+    reason: str
+    """Its explanation, and the setting that it proposes where there is one."""
+
+
+class _BreakHandler(logging.Handler):
+    """Reads graph breaks off Dynamo's log: it keeps no list of those that give up a whole frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks: list[GraphBreak] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _BREAK.search(record.getMessage())
+        if found is not None:
+            path, line, text = found.groups()
+            lines = [part.strip() for part in text.splitlines()]
+            told = [part for part in lines if part.startswith("Explanation:")][:1] or lines[:1]
+            told += [p for p in lines if p.startswith("Hint:") and "torch._dynamo.config" in p]
+            reason = " ".join(told).removeprefix("Explanation: ")
+            name = path.replace(chr(92), "/").rsplit("/", 1)[-1]
+            self.breaks.append(GraphBreak(f"{name}:{line}", reason))
+
+
+_BREAK = re.compile(r"in user code at (.+):(\d+)\nGraph Break Reason: (.*)", re.DOTALL)
+
+
+@contextlib.contextmanager
+def watch_breaks() -> Iterator[list[GraphBreak]]:
+    """The graph breaks that happen inside, in their order; what the user logs stays the same."""
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    was_on, level, propagate = logger.isEnabledFor(logging.DEBUG), logger.level, logger.propagate
+    handler = _BreakHandler()
+    logger.addHandler(handler)
+    if not was_on:
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+    try:
+        yield handler.breaks
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def reset_dynamo() -> None:

@@ -31,6 +31,8 @@ class Analysis:
     """Calls of converted modules in this graph."""
     chains: list[Chain] = field(default_factory=list)
     """Hand-written hyper-connections: those that are mhc ops now, and those that stay."""
+    is_partial: bool = False
+    """Whether a graph break makes the graph only a part of its function."""
 
     def host_of(self, planned: PlannedSite) -> nn.Module:
         """The module that keeps a planned site."""

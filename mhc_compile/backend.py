@@ -23,6 +23,7 @@ from mhc_compile._torch_private import (
     schedules_collectives,
 )
 from mhc_compile.analysis import analyse
+from mhc_compile.awaited import await_inputs, awaited_examples
 from mhc_compile.binding import bind, lift_parameters
 from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
@@ -31,7 +32,13 @@ from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.hosts import resolve_by_id
 from mhc_compile.lazy import convert_now, watch_ends
 from mhc_compile.match import Matches, settle_options, sites_of
-from mhc_compile.pipeline import improving_passes, lowered_passes, rewrite_passes, run_passes
+from mhc_compile.pipeline import (
+    ORDERING_PASSES,
+    improving_passes,
+    lowered_passes,
+    rewrite_passes,
+    run_passes,
+)
 from mhc_compile.recorder import GraphRecord, Recorder, recorder_of_environment
 
 _PASSES = Path(passes.__file__).parent
@@ -121,12 +128,15 @@ def compile_frame(
     borders.leave(copy, widening)
     improving = improving_passes(config.skip_passes, recompute=_recompute(config))
     run_passes(copy, (), improving, observe)
-    inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in _inputs(copy)]
+    nodes = _inputs(copy)
+    given_inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in nodes]
+    inputs = awaited_examples(nodes, given_inputs)
     if recorder is not None and record is not None:
         record.rewritten(copy, widening, inputs)
         write_recorded(recorder)
     lowering = _lowering(config, recorder, record)
     compiled = borders.wrap(_lower(copy, inputs, config, mode, lowering))
+    compiled = await_inputs(compiled, given_inputs)
     return watch_ends(compiled, analysis, frame) if is_lazy else compiled
 
 
@@ -155,10 +165,10 @@ def _lowering(
 
     def run(phase: str, gm: GraphModule) -> bool:
         observe = record.lowering(phase, gm) if record is not None else None
-        modified = run_passes(gm, (), lowered, observe)
-        if modified and recorder is not None:
+        changed = run_passes(gm, (), lowered, observe)
+        if changed and recorder is not None:
             write_recorded(recorder)
-        return modified
+        return not ORDERING_PASSES.isdisjoint(changed)
 
     names = " ".join(name for name, _ in lowered)
     files = tuple(map(str, sorted(_PASSES.glob("*.py"))))

@@ -13,9 +13,11 @@ from torch.fx import GraphModule
 from mhc_compile import carry
 from mhc_compile._torch_private import (
     Frame,
+    GraphBreak,
     copy_captured,
     example_of,
     reset_dynamo,
+    watch_breaks,
     without_tracing,
 )
 from mhc_compile.analysis import Analysis, Refuse, analyse, for_hosts
@@ -43,6 +45,8 @@ class Capture:
     pieces: list[TrunkPiece] = field(default_factory=list)
     graphs: int = 0
     """Number of different graphs."""
+    breaks: list[GraphBreak] = field(default_factory=list)
+    """Why there are several, as Dynamo tells it."""
 
 
 def capture_model(
@@ -62,7 +66,7 @@ def capture_model(
     capture = Capture()
     reset_dynamo()
     try:
-        with _untouched(model):
+        with _untouched(model), watch_breaks() as capture.breaks:
             torch.compile(model, backend=_Collector(model, capture, refuse))(*args, **kwargs)
     except Exception as error:
         cause = error.__cause__ or error.__context__
@@ -90,6 +94,7 @@ class _Collector:
         self.capture.graphs += 1
         refuse = self._refuse_in(frame)
         analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), refuse)
+        analysis.is_partial = frame.is_partial
         examples = [example_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
         runner, _ = copy_captured(gm)
         for module in runner.modules():

@@ -90,9 +90,9 @@ class MHCConfig:
     """Whether the work of the streams around MLPs runs on a second stream of a GPU, where the
     estimate says that it gains by it; with ``inner="inductor"`` only. No GPU has run this yet."""
     skip_passes: tuple[str, ...] = ()
-    """Passes to leave out: ``join_seams_pass``, ``split_sites_pass``,
-    ``overlap_collectives_pass``, ``assign_streams_pass``, ``lower_streams_pass``. The result is
-    the same, and slower."""
+    """Passes to leave out: ``join_seams_pass``, ``accumulate_gradients_pass``,
+    ``split_sites_pass``, ``overlap_collectives_pass``, ``assign_streams_pass``,
+    ``lower_streams_pass``. The result is the same, and slower."""
     on_eager: OnEager = "raise"
     """What a converted model does when it is called without the "mhc" backend."""
 

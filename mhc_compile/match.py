@@ -136,8 +136,9 @@ class Matches:
                 + (f"its sites {missing} are" if missing else "its sites are there, its call is")
                 + " not. Either a graph break inside its forward cuts it (TORCH_LOGS=graph_breaks "
                 "shows it), or only a part of it was compiled, or it took another path than at "
-                "conversion (a fused one: torch.backends.mha.set_fastpath_enabled(False)). Remove "
-                "the cause, or convert with exclude=(...) for these sites"
+                "conversion (a fused one: torch.backends.mha.set_fastpath_enabled(False); that of "
+                f"{'train' if host.training else 'eval'} mode, in which it is now: convert it in "
+                "that mode). Remove the cause, or convert with exclude=(...) for these sites"
             )
 
 

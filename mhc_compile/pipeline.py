@@ -10,6 +10,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from mhc_compile._torch_private import torch_streams
 from mhc_compile.passes.canonicalize import canonicalize_pass
 from mhc_compile.passes.chains import Chain, rewrite_chains_pass
+from mhc_compile.passes.gradients import accumulate_gradients_pass
 from mhc_compile.passes.overlap import Overlap, overlap_collectives_pass
 from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.seams import join_seams_pass
@@ -22,10 +23,13 @@ Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
 OPTIONAL_PASSES = (
-    *("join_seams_pass", "split_sites_pass", "overlap_collectives_pass"),
+    *("join_seams_pass", "accumulate_gradients_pass"),
+    *("split_sites_pass", "overlap_collectives_pass"),
     *("assign_streams_pass", "lower_streams_pass"),
 )
 """The passes that only improve a graph, and so can be switched off."""
+ORDERING_PASSES = frozenset({"overlap_collectives_pass", "lower_streams_pass"})
+"""The passes whose result is the order of the nodes, which nothing behind them may change."""
 
 
 def canonical_passes(kernels: str, chains: list[Chain]) -> list[tuple[str, Pass]]:
@@ -86,7 +90,7 @@ def lowered_passes(
         side_stream: likewise.
         report: gets what runs while collectives are pending.
     """
-    passes: list[tuple[str, Pass]] = []
+    passes: list[tuple[str, Pass]] = [("accumulate_gradients_pass", accumulate_gradients_pass)]
     if overlap != "off":
         # First: it makes work for the windows that the next one fills.
         passes.append(("split_sites_pass", split_sites_pass))
@@ -105,7 +109,7 @@ def run_passes(
     inputs: Sequence[Any],
     passes: Sequence[tuple[str, Pass]],
     observe: Observer | None = None,
-) -> bool:
+) -> list[str]:
     """Run ``passes`` on ``gm`` in place; lint and recompile after each that changed something.
 
     Args:
@@ -115,14 +119,14 @@ def run_passes(
         observe: called with the name and the graph after each change (dumps).
 
     Returns:
-        Whether anything changed.
+        Names of the passes that changed something.
     """
-    modified = False
+    changed = []
     for name, function in passes:
         if function(gm, inputs).modified:
-            modified = True
+            changed.append(name)
             gm.graph.lint()
             gm.recompile()
             if observe is not None:
                 observe(name, gm)
-    return modified
+    return changed

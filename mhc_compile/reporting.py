@@ -1,6 +1,6 @@
 """Turn what was found into a `Report`."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,14 +13,20 @@ from mhc_compile.costs import activation_bytes, parameter_count, trunk_operation
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.owners import module_calls
 from mhc_compile.passes.plan import Plan, PlannedSite
+from mhc_compile.passes.reasons import ORIGIN
 from mhc_compile.passes.values import dims, dtype_of, source_line
 from mhc_compile.report import HandWritten, RejectedAdd, Report, Site, Trunk
 from mhc_compile.uses import SiteUse
 
-_PROJECTED = (
-    "the skip is projected once, from the mean of the streams, and its result starts new ones: "
-    "projecting every stream would cost n times as much"
-)
+_CHOICES = {
+    "projection": "the skip is projected once, from the mean of the streams, and its result starts "
+    "new ones: projecting every stream would cost n times as much",
+    "slice": "the skip is cut from the mean of the streams and starts new ones: the branch reads "
+    "more than this part, so that no streams of it could take its place",
+}
+"""By form: what the rewrite does where it had a choice, and why."""
+
+_BEHIND = ", as far as this side of a graph break shows (see the notes)"
 
 
 def build_report(
@@ -72,7 +78,7 @@ def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: boo
         reason=use.reason,
         parameters=0 if planned is None else parameter_count(spec, planned.width),
         activation_bytes=0 if planned is None else activation_bytes(planned, spec),
-        choice=_PROJECTED if planned is not None and use.site.form == "projection" else "",
+        choice="" if planned is None else _CHOICES.get(use.site.form, ""),
     )
 
 
@@ -133,7 +139,7 @@ def _rejected(capture: Capture, names: dict[int, str]) -> tuple[RejectedAdd, ...
             owner=_owner(rejected.root, names),
             shape=_shape(rejected.root),
             clause=rejected.clause,
-            reason=rejected.reason,
+            reason=rejected.reason + _BEHIND * (analysis.is_partial and rejected.clause == ORIGIN),
         )
         for analysis in capture.runs
         for rejected in analysis.residuals.rejected
@@ -154,6 +160,10 @@ def _notes(capture: Capture) -> tuple[str, ...]:
     if capture.graphs > 1:
         notes.append(
             f"the model was captured as {capture.graphs} graphs; trunks are carried from one to "
-            "the next (TORCH_LOGS=graph_breaks shows where it breaks)"
+            "the next. A residual whose branch runs through a graph break is not seen, and the "
+            "sites of a module whose own forward is split are left"
         )
+    for place, times in Counter(capture.breaks).items():
+        often = f" ({times} times)" if times > 1 else ""
+        notes.append(f"graph break at {place.source}{often}: {place.reason}")
     return tuple(notes)

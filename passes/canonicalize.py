@@ -3,6 +3,7 @@
     checkpoint(body, x)    ->  the operations of body, tagged for recomputation
     x += f;  relu_(x)      ->  x1 = x + f;  x2 = relu(x1)      where nobody else sees the write
     torch.add(x, f, alpha) ->  x + alpha * f
+    x[1:] + f(x[1:])       ->  s + f(s)  with s = x[1:]        see `slices`
 
 The result computes what the graph computed. A write that somebody else could see is left as it is;
 `find_residuals` and `plan_trunks` then refuse the sites it touches.
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.opnames import first_input, inplace_flag, is_in_place, op_name, raw_name
+from mhc_compile.passes.slices import merge_equal_slices
 from mhc_compile.passes.values import (
     RECOMPUTE,
     REGION,
@@ -61,7 +63,7 @@ class _Call:
 
 
 def canonicalize_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
-    """Inline checkpoint bodies and make in-place writes and scaled adds plain.
+    """Inline checkpoint bodies, make in-place writes and scaled adds plain, merge equal slices.
 
     Works in place on ``gm``. Idempotent.
     """
@@ -69,6 +71,7 @@ def canonicalize_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassRes
     modified = _inline_checkpoints(gm)
     modified |= _split_scaled_adds(gm.graph)
     modified |= _functionalize(gm.graph)
+    modified |= merge_equal_slices(gm.graph)
     return PassResult(gm, modified)
 
 

@@ -25,7 +25,7 @@ from mhc_compile.passes.reasons import (
 from mhc_compile.passes.sums import SumTree
 from mhc_compile.passes.values import dims, is_tensor, rank
 from mhc_compile.passes.vocabulary import ACTIVATION, BENDS, CONVOLUTION, MIXES
-from mhc_compile.passes.walks import PROJECTIONS, affine_walk, plain_step, plain_walk
+from mhc_compile.passes.walks import PROJECTIONS, affine_walk, is_slice, plain_step, plain_walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _part(
         return Failure(MIXING, mixing_reason(skip, origin))
     if not paths.any(MIXES | SINGLE):
         return Failure(BRANCH, branch_reason(skip, origin))
-    if projection and not _projects(index, root, skip, origin, path):
+    if projection and not _projects(index, root, others, origin, path):
         return Failure(ORIGIN, origin_reason(skip))
     if not paths.any(needed | SINGLE):
         return Failure(LINEAR, linear_reason(skip, origin))
@@ -108,13 +108,20 @@ def _part(
 
 
 def _projects(
-    index: FlowIndex, root: Node, skip: Node, origin: Node, path: tuple[Node, ...]
+    index: FlowIndex, root: Node, others: tuple[Node, ...], origin: Node, path: tuple[Node, ...]
 ) -> bool:
-    """The guards of clause 8: a real projection, of a varying value, that keeps the rank."""
-    return (
-        index.varies(skip)
-        and rank(origin) == rank(root)
-        and any(op_name(node) in PROJECTIONS for node in path)
+    """The guards of clause 8: a real projection, of a varying value, that keeps the rank.
+
+    Or a slice of one of which the branch reads more than other slices: parts of a value that are
+    worked on apart and added up (``f(x[:, :c]) + x[:, c:]``) are no residual.
+    """
+    if not index.varies(origin) or rank(origin) != rank(root):
+        return False
+    if not any(is_slice(node) for node in path):
+        return any(op_name(node) in PROJECTIONS for node in path)
+    return any(
+        origin in index.inputs(node) and not is_slice(node)
+        for node in index.between(origin, others)
     )
 
 

@@ -24,6 +24,8 @@ _PRE_BACKWARD = torch.ops.mhc.pre_backward.default
 _ADD = torch.ops.aten.add.Tensor
 _ARGUMENTS = 9
 """Of a pre_backward that adds nothing yet."""
+_EAGER = "eager_input_vals"
+"""Where Inductor looks up the strides that arguments of a custom op have to have."""
 
 
 def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
@@ -51,6 +53,9 @@ def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) ->
     reorder(gm.graph, stable_order(nodes, before))
     for call, own, total, more in sums:
         call.args = (*call.args, more)
+        if _EAGER in call.meta:
+            values, named = call.meta[_EAGER]
+            call.meta[_EAGER] = ((*values, value_of(more)), named)
         total.replace_all_uses_with(own)
         gm.graph.erase_node(total)
     return PassResult(gm, True)

@@ -1,7 +1,8 @@
 """Sites inside the branches of others: which are kept, and what trunks tell about a site.
 
-Branches may hold whole trunks (a transformer inside a U-Net). A single site inside a branch is more
-often a part of it: ``y + D x`` of a state-space mixer, a pooling residual in an attention. And a
+Branches may hold whole trunks (a transformer inside a U-Net), or one layer around which a block has
+a second skip. A single site inside a branch is no layer if what it adds ends in no weights of its
+own: ``y + D x`` of a state-space mixer, the pooled queries that an attention adds to its result. A
 single site whose sum lies inside a branch that its origin does not come from adds a foreign value
 there: a position bias that all layers share is computed with by the first layer, so every later
 layer seems to compute the other operand from it. A site that starts from the same value as the one
@@ -18,7 +19,7 @@ from mhc_compile.passes.opnames import first_input, op_name
 from mhc_compile.passes.reasons import INJECTED, NESTED, injected_reason, nested_reason
 from mhc_compile.passes.sites import Link, ResidualSite
 from mhc_compile.passes.trunks import branch_nodes, chains, link_sites
-from mhc_compile.passes.vocabulary import NORM
+from mhc_compile.passes.vocabulary import NORM, mixes
 
 Dropped = dict[int, tuple[str, str]]
 
@@ -46,6 +47,8 @@ def settle(
     dropped: Dropped = {}
     for i in sorted(single & nestings.keys()):
         origin, outer = sites[i].origin, sites[nestings[i].outer].root
+        if nestings[i].inside and _ends_in_weights(index, sites[i]):
+            continue
         if nestings[i].inside:
             dropped[i] = (NESTED, nested_reason(origin, outer))
         else:
@@ -64,6 +67,24 @@ def settle(
         nestings = _nestings(index, remaining)
     nested = {i for i, nesting in nestings.items() if nesting.inside}
     return _mark(remaining, links, nested), links, dropped
+
+
+def _ends_in_weights(index: FlowIndex, site: ResidualSite) -> bool:
+    """Whether the last thing that mixes is a product with weights, on every way down the branch."""
+    branch = set(branch_nodes(index, site))
+    stack = [leaf for leaf in site.branches if leaf in branch]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        inputs = index.inputs(node)
+        if not mixes(node):
+            stack += [n for n in inputs if n in branch]
+        elif all(index.varies(n) for n in inputs):
+            return False
+    return True
 
 
 def _nestings(index: FlowIndex, sites: Sequence[ResidualSite]) -> Mapping[int, Nesting]:

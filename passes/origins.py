@@ -31,7 +31,7 @@ def part_origins(graph: Graph, residuals: Residuals) -> bool:
     """
     by_origin: dict[Node, list[ResidualSite]] = defaultdict(list)
     for site in residuals.sites:
-        if site.form != "projection":
+        if not site.starts_at_skip:
             by_origin[site.origin].append(site)
     shared = {origin: sites for origin, sites in by_origin.items() if len(sites) > 1}
     index = FlowIndex(graph) if shared else None

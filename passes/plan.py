@@ -100,7 +100,7 @@ class _Planner:
         self.branches: dict[int, frozenset[Node]] = {}
         self.by_origin: dict[Node, list[int]] = defaultdict(list)
         for index, site in enumerate(residuals.sites):
-            if index not in self.plan.left and site.form != "projection":
+            if index not in self.plan.left and not site.starts_at_skip:
                 self.by_origin[site.origin].append(index)
 
     def run(self) -> Plan:
@@ -113,7 +113,7 @@ class _Planner:
         return self.plan
 
     def _refusal(self, index: int, site: ResidualSite) -> str | None:
-        projected = site.form == "projection"
+        projected = site.starts_at_skip
         values = (site.root, site.skip, *(() if projected else (*site.skip_path, site.origin)))
         for value in values:
             if self.aliases.is_written(value):
@@ -133,7 +133,7 @@ class _Planner:
 
     def _place(self, index: int, site: ResidualSite) -> str | None:
         """Add the site to the plan; the reason if that is not possible."""
-        if site.form == "projection":
+        if site.starts_at_skip:
             # The skip runs once, on the collapsed streams, and new streams start from its result:
             # to project each stream would cost n times as much. The branch reads the collapse.
             return self._enter(index, site, site.skip, frozenset())

@@ -73,8 +73,9 @@ def positional_reason(skip: Node, convolution: Node) -> str:
 def nested_reason(origin: Node, outer: Node) -> str:
     """A single residual inside a branch."""
     return (
-        f"its origin {describe(origin)} lies inside the branch of the residual {describe(outer)} "
-        "and no second site follows: part of that branch, no trunk of its own"
+        f"its origin {describe(origin)} lies inside the branch of the residual {describe(outer)}, "
+        "no second site follows, and what it adds ends in no weights of its own: part of that "
+        "branch, no layer"
     )
 
 

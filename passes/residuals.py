@@ -16,14 +16,17 @@ name of a module, a class or a function of the model:
 8. projection, tried last: the skip may be an affine image of the origin (a strided convolution and
    its norm); then the way to the branch must also bend, or a sum of two linear maps would count.
 
+   So does the part of the origin that a slice takes (``x[:, :1] + f(x)``), where the branch reads
+   more than such parts.
+
 Left out although they pass: ``x + conv(x)`` (a positional encoding); a single residual inside the
-branch of another (the ``y + D x`` of a state-space mixer); a value from outside added inside the
-branch of another (a position bias that all layers share); everything in a model whose state is n
-streams already (`hyper`).
+branch of another whose own branch ends in no weights (the ``y + D x`` of a state-space mixer); a
+value from outside added inside the branch of another (a position bias that all layers share);
+everything in a model whose state is n streams already (`hyper`).
 
 Forms: ``identity`` (the skip is the origin), ``parallel`` (so, and two or more branches), ``scaled
-skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two) and
-``projection``.
+skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two), ``projection``
+and ``slice``.
 """
 
 from torch.fx import Graph, Node

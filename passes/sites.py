@@ -26,6 +26,11 @@ class ResidualSite:
     traits: tuple[str, ...]
     """What else is special about it: see `mhc_compile.passes.forms`."""
 
+    @property
+    def starts_at_skip(self) -> bool:
+        """Whether the skip is another value than the origin, so that no streams pass through it."""
+        return self.form in ("projection", "slice")
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:

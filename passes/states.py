@@ -16,8 +16,8 @@ SEAM, COLLAPSE = torch.ops.mhc.seam.default, torch.ops.mhc.collapse.default
 
 
 def spec_of(node: Node) -> SiteSpec:
-    """The specification an mhc op (other than expand) was given: its last argument."""
-    return SiteSpec.decode(str(node.args[-1]))
+    """The specification an mhc op (other than expand) was given: its last text."""
+    return SiteSpec.decode([arg for arg in node.args if isinstance(arg, str)][-1])
 
 
 def trunk_of_states(graph: Graph) -> dict[Node, int]:

@@ -30,7 +30,7 @@ def link_sites(index: FlowIndex, sites: Sequence[ResidualSite]) -> tuple[Link, .
     search = RootSearch(index, roots)
     claims: dict[int, list[int]] = {}
     for i, site in enumerate(sites):
-        if site.form != "projection":
+        if not site.starts_at_skip:
             root = search.above(site.origin)
             if root is not None:
                 claims.setdefault(roots[root], []).append(i)

@@ -29,7 +29,7 @@ def plain_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
 
 
 def affine_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
-    """``skip`` and what it is affine in: also through norms, linear, conv, pool (clause 8)."""
+    """``skip`` and what it is affine in: also norms, linear, conv, pool, slices (clause 8)."""
     return _walk(index, skip, _affine_step)
 
 
@@ -44,6 +44,23 @@ def plain_step(index: FlowIndex, node: Node) -> Node | None:
             return source if source is not None and _has_one_result(source) else None
         return source if numel(source) == numel(node) else None
     return _scaled(index, node) if name in SCALE else None
+
+
+def is_slice(node: Node) -> bool:
+    """Whether the node takes a part of a tensor, along any axes: ``x[:, 1:]``."""
+    source = first_input(node)
+    return (
+        op_name(node) in _SLICES
+        and source is not None
+        and is_tensor(source)
+        and rank(node) == rank(source)
+        and not any(isinstance(arg, Node) and is_tensor(arg) for arg in _index(node))
+    )
+
+
+def _index(node: Node) -> tuple[object, ...]:
+    index = node.args[1] if len(node.args) > 1 else ()
+    return tuple(index) if isinstance(index, tuple | list) else (index,)
 
 
 def _has_one_result(node: Node) -> bool:
@@ -64,6 +81,8 @@ def _affine_step(index: FlowIndex, node: Node) -> Node | None:
     plain = plain_step(index, node)
     if plain is not None:
         return plain
+    if is_slice(node):
+        return first_input(node)
     name = op_name(node)
     if name in NORM or name in PROJECTIONS or name == "sub" or operands(node) is not None:
         varying = index.varying_inputs(node)

@@ -25,6 +25,7 @@ from mhc_compile.kernels.spec import SiteSpec
         ("collapse", "max", "mean, sum, learned"),
         ("init", "zeros", "preserve, paper"),
         ("kernels", "cuda", "auto, triton, cpp, reference"),
+        ("overlap", "on", "auto, off"),
         ("inner", "tvm", "inductor, aot_eager, eager"),
         ("on_eager", "explode", "raise, warn, ignore"),
         ("include", "layers.*", "tuple of shell patterns"),

@@ -206,3 +206,38 @@ def test_a_dict_of_a_kind_that_cannot_be_written_is_left_alone() -> None:
     model.settings = _ReadOnly(width=8)  # type: ignore[assignment]
     assert len(mhc_compile.explain(model, torch.randn(2, 3, 8)).sites) == 2
     assert model.settings == {"width": 8}
+
+
+class _Routed(nn.Module):
+    """A site whose branch looks at values: the break hides that the branch comes from the skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.linear = PreNorm(), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block(x)
+        f = torch.tanh(self.linear(x))
+        scale = f.sum().item()
+        return x + f * scale
+
+
+def test_a_report_says_where_a_graph_broke_and_what_dynamo_says_of_it() -> None:
+    report = mhc_compile.explain(_Routed(), torch.randn(2, 3, 8))
+    line = _Routed.forward.__code__.co_firstlineno + 3
+    (note,) = (note for note in report.notes if "graph break at" in note)
+    assert f"test_graph_breaks.py:{line}" in note
+    assert "torch._dynamo.config.capture_scalar_outputs = True" in note
+    assert len(report.converted) == 2
+    (lost,) = (add for add in report.rejected if add.source.endswith(f":{line + 1}"))
+    assert "this side of a graph break" in lost.reason
+
+
+def test_the_setting_that_dynamo_proposes_brings_the_site_back() -> None:
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        report = mhc_compile.explain(_Routed(), torch.randn(2, 3, 8))
+    assert [site.name for site in report.converted] == ["block.add0", "block.add1", "add0"]
+
+
+def test_a_model_of_one_graph_has_no_note_of_breaks() -> None:
+    assert mhc_compile.explain(PreNorm(), torch.randn(2, 3, 8)).notes == ()

@@ -101,13 +101,14 @@ def test_a_dump_shows_the_graph_before_and_after_where_work_moved(tmp_path: Path
     stages = sorted(path.name for path in (tmp_path / "graph_0" / "aot_bw").iterdir())
     assert stages == [
         "00_before.txt",
-        "01_overlap_collectives_pass.txt",
+        "01_accumulate_gradients_pass.txt",
+        "02_overlap_collectives_pass.txt",
         "before_after.diff",
     ]
     assert '"transfer"' in (tmp_path / "report.json").read_text()
 
 
-def test_a_graph_without_collectives_has_no_such_stage() -> None:
+def test_a_graph_without_collectives_has_no_window() -> None:
     recorder = Recorder()
     net, x = converted(Net(), example()), example()
 

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -66,3 +68,30 @@ def test_fsdp_carries_the_streams_from_block_to_block(per_block: bool) -> None:
     output, gradients = run(call, sharded, x)
     full = {name: gradient.full_tensor() for name, gradient in gradients.items()}
     assert_same((output, full), expected)
+
+
+class _Sent(torch.autograd.Function):
+    """What DTensor's eager code gives: a result nobody has waited for, its gradient outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return AsyncCollectiveTensor(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def test_what_comes_before_a_collective_that_is_on_its_way_is_trained() -> None:
+    x = example()
+    model = converted(Net(), x)
+    expected = run(compiled(model, "aot_eager"), model, x)
+    stem = model.get_submodule("stem")
+
+    def send(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
+        return _Sent.apply(output)
+
+    compile_blocks_(model.get_submodule("blocks"), "aot_eager")
+    with stem.register_forward_hook(send):
+        found = run(model, model, x)
+    assert_same(found, expected)

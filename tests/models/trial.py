@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import mhc_compile
 from mhc_compile.checks import disable_dropout, float_outputs
-from tests.models.zoo import Inputs, build
+from tests.models.zoo import SETTINGS, Inputs, build, settings
 
 STEPS = 5
 RATE = 1e-5
@@ -81,11 +81,16 @@ class Trial:
 def convert(name: str, *, train: bool = False, double: bool = False) -> Trial:
     """A converted model of the zoo and its compiled form, without dropout."""
     model, inputs = _build(name, train=train, double=double)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), settings(name):
         warnings.simplefilter("ignore")  # of the libraries, about their own use of torch
         report = mhc_compile.convert_(model, **inputs)
-    call = torch.compile(model, backend="mhc", options={"inner": "eager"})
-    return Trial(model, call, inputs, report)
+    compiled = torch.compile(model, backend="mhc", options={"inner": "eager"})
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with settings(name):
+            return compiled(*args, **kwargs)
+
+    return Trial(model, call if name in SETTINGS else compiled, inputs, report)
 
 
 def run_trial(name: str, tell: Callable[[Trial], None] = lambda trial: None) -> Trial:

@@ -15,9 +15,9 @@ from tests.models import (  # noqa: F401
     zoo_text,
     zoo_timm,
 )
-from tests.models.zoo_base import BUILDERS, LIBRARIES, Inputs
+from tests.models.zoo_base import BUILDERS, LIBRARIES, SETTINGS, Inputs, settings
 
-__all__ = ["BUILDERS", "LIBRARIES", "Inputs", "build"]
+__all__ = ["BUILDERS", "LIBRARIES", "SETTINGS", "Inputs", "build", "settings"]
 
 
 def build(name: str) -> tuple[nn.Module, Inputs]:

@@ -205,6 +205,18 @@ def test_projection_skip_is_found_at_the_value_both_sides_read():
     assert len(site.skip_path) == 2
 
 
+def test_a_part_of_what_the_branch_reads_whole_can_be_the_skip():
+    b = Builder()
+    x = b.input(*SHAPE)
+    first = (slice(None), slice(0, 1))
+    keys = b.method("transpose", b.linear(x), 1, 2)
+    scores = b.call(torch.matmul, b.linear(b.call(operator.getitem, x, first)), keys)
+    f = b.linear(b.call(torch.matmul, b.call(torch.softmax, scores, -1), x))
+    skip = b.call(operator.getitem, x, first)
+    site = only_site(b.output(b.call(operator.add, skip, f)))
+    assert (site.form, site.origin, site.skip) == ("slice", x, skip)
+
+
 @pytest.mark.parametrize("maximum", ["amax", "max"])
 def test_pooling_written_as_view_and_maximum_is_a_projection(maximum):
     b = Builder()
@@ -303,12 +315,12 @@ def test_gelu_polynomial_is_rejected_even_behind_a_linear():
     assert only_rejection(b.output(b.call(operator.add, h, cubic))).clause == "mixing"
 
 
-def test_skip_through_a_slice_is_rejected():
+def test_parts_of_a_value_that_are_worked_on_apart_and_added_up_are_rejected():
     b = Builder()
     x = b.input(*SHAPE)
-    skip = b.call(operator.getitem, x, (slice(None), slice(0, 3)))
-    f = b.call(operator.getitem, ffn(b, x), (slice(None), slice(0, 3)))
-    assert only_rejection(b.output(b.call(operator.add, skip, f))).clause == "origin"
+    kept = b.call(operator.getitem, x, (Ellipsis, slice(2, None)))
+    worked = ffn(b, b.call(operator.getitem, x, (Ellipsis, slice(None, 2))))
+    assert only_rejection(b.output(b.call(operator.add, worked, kept))).clause == "origin"
 
 
 def test_position_added_again_to_a_value_read_elsewhere_is_rejected():
@@ -362,6 +374,29 @@ def test_single_residual_inside_a_branch_is_part_of_the_branch():
     assert [site.root for site in found.sites] == [root]
     assert [(entry.root, entry.clause) for entry in found.rejected] == [(mixed, "nested")]
     assert f"'{root.name}'" in found.rejected[0].reason
+
+
+def test_single_layer_inside_a_branch_is_kept_and_marked():
+    b = Builder()
+    x = b.input(*SHAPE)
+    h = b.linear(x)
+    h = b.call(operator.add, h, b.call(operator.mul, ffn(b, h), b.parameter(4)))
+    found = find_residuals(b.output(b.call(operator.add, x, b.linear(h))))
+    assert ["nested" in site.traits for site in found.sites] == [True, False]
+    assert found.trunks == ((0,), (1,))
+
+
+def test_queries_added_to_what_an_attention_makes_of_them_are_part_of_the_branch():
+    b = Builder()
+    x = b.input(*SHAPE)
+    query, key, value = (b.linear(x) for _ in range(3))
+    scores = b.call(torch.matmul, query, b.method("transpose", key, 1, 2))
+    pooled = b.call(torch.matmul, b.call(torch.softmax, scores, -1), value)
+    inner = b.call(operator.add, pooled, query)
+    root = b.call(operator.add, x, b.linear(inner))
+    found = find_residuals(b.output(root))
+    assert [site.root for site in found.sites] == [root]
+    assert [(entry.root, entry.clause) for entry in found.rejected] == [(inner, "nested")]
 
 
 def test_whole_trunk_inside_a_branch_is_kept_and_marked():

@@ -1,0 +1,90 @@
+"""What the ranks of the pipeline tests do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch._functorch import config  # noqa: TID251 - a setting of torch's that its error names
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from mhc_compile.distributed import split_stages
+from tests.distributed.models import (
+    RATE,
+    STEPS,
+    Trace,
+    batch,
+    fresh,
+    loss_of,
+    named_gradients,
+    train_alone,
+)
+from tests.nets import compiled
+
+LAYERS = MICROBATCHES = 4
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+def _held(schedule: str, rank: int, world: int) -> list[int]:
+    """The stages of a rank: one, every world-th one, or one on each leg of a V."""
+    last = 2 * world - 1
+    held = {"1f1b": [rank], "interleaved": [rank, rank + world]}
+    return held.get(schedule, [rank, last - rank])
+
+
+def train(rank: int, schedule: str, compiled_stages: bool = False) -> dict[str, float]:
+    """Train a pipeline of two ranks; how far it is from one process."""
+    model = fresh(LAYERS)
+    expected = train_alone(model, compiled(model, "eager"))
+    torch.compiler.reset()
+    model, world = fresh(LAYERS), dist.get_world_size()
+    microbatch = batch(0)[0].chunk(MICROBATCHES)[0]
+    held = _held(schedule, rank, world)
+    split = split_stages(model, microbatch, stages=world * len(held))
+    parts = [split.stages[number] for number in held]
+    if compiled_stages:
+        # Schedules with a V go through the backward of a stage twice: what it keeps must last.
+        config.donated_buffer = schedule in ("1f1b", "interleaved")
+        for part in parts:
+            part.compile(backend="mhc", options={"inner": "aot_eager"})
+    stages = [
+        PipelineStage(part, number, len(split.stages), torch.device("cpu"))
+        for part, number in zip(parts, held, strict=True)
+    ]
+    kind = SCHEDULES[schedule]
+    plan = kind(stages if len(stages) > 1 else stages[0], MICROBATCHES, loss_fn=loss_of)
+    parameters = [p for part in parts for p in part.parameters()]
+    return _train(plan, parts, torch.optim.SGD(parameters, RATE), held, split.stages).distance(
+        expected
+    )
+
+
+def _train(
+    plan: Any,
+    parts: Sequence[torch.nn.Module],
+    optimizer: torch.optim.Optimizer,
+    held: Sequence[int],
+    stages: Sequence[object],
+) -> Trace:
+    trace, has_loss = Trace(), len(stages) - 1 in held
+    for step in range(STEPS):
+        tokens, targets = batch(step)
+        optimizer.zero_grad()
+        losses: list[torch.Tensor] = []
+        inputs = (tokens,) if 0 in held else ()
+        plan.step(*inputs, target=targets if has_loss else None, losses=losses)
+        loss = float(torch.stack(losses).detach().mean()) if has_loss else None
+        trace.add(loss, [pair for part in parts for pair in named_gradients(part)])
+        optimizer.step()
+    return trace
