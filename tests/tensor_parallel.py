@@ -1,15 +1,23 @@
 """A residual network whose branches are tensor parallel: each ends in an all-reduce."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
+from torch.fx import GraphModule
 
-from tests.nets import converted
+from mhc_compile import MHCConfig
+from mhc_compile.backend import compile_frame
+from mhc_compile.recorder import Recorder
+from tests.nets import Trace, compiled, converted, run
 
 
 class MLP(nn.Module):
@@ -47,3 +55,48 @@ def parallel_stack(mesh: DeviceMesh, x: torch.Tensor, depth: int = 3) -> nn.Modu
     for site in model.sites:
         parallelize_module(site, mesh, plan)
     return model
+
+
+def recorded(net: nn.Module, **options: Any) -> tuple[Callable[..., Any], Recorder]:
+    """``net`` compiled, and what is recorded of that."""
+    recorder = Recorder()
+
+    def backend(gm: GraphModule, _: Sequence[Any]) -> Any:
+        return compile_frame(gm, MHCConfig(**options), frozenset(options), recorder=recorder)
+
+    return torch.compile(net, backend=backend), recorder
+
+
+def same_bits(found: Trace, expected: Trace) -> bool:
+    """Whether output and all gradients are equal, shard by shard."""
+    pairs = [(found[0], expected[0])]
+    pairs += [(found[1][name], gradient) for name, gradient in expected[1].items()]
+    return found[1].keys() == expected[1].keys() and all(
+        torch.equal(_local(a), _local(b)) for a, b in pairs
+    )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def overlapped_step(rank: int, recompute: str) -> dict[str, Any]:
+    """A training step on two ranks, with and without the passes that overlap.
+
+    Returns:
+        "equal": whether they gave the same bits; "moved": for every collective how many operations
+        run in its window, before and after; "passes": which changed a graph.
+    """
+    x = torch.randn(2, 256, 32, generator=torch.Generator().manual_seed(1))
+    net = parallel_stack(init_device_mesh("cpu", (2,)), x, depth=2)
+    plain = compiled(net, "aot_eager", overlap="off", recompute=recompute)
+    expected = run(plain, net, x)
+    torch.compiler.reset()
+    call, recorder = recorded(net, inner="aot_eager", recompute=recompute)
+    found = run(call, net, x)
+    overlaps = recorder.graphs[0].overlap
+    return {
+        "equal": same_bits(found, expected),
+        "moved": [window.nodes for overlap in overlaps for window in overlap.windows],
+        "passes": {stage.name for stage in recorder.stages if stage.phase.startswith("aot")},
+    }

@@ -11,18 +11,15 @@ from torch import nn
 from torch._inductor import config as inductor  # noqa: TID251 - settings of the user
 from torch._inductor.utils import fresh_cache, run_and_get_code  # noqa: TID251 - what it made
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mhc_compile import MHCConfig
 from mhc_compile import _torch_private as private
-from mhc_compile.backend import compile_frame
 from mhc_compile.dump import write_dump
 from mhc_compile.passes.overlap import Window
 from mhc_compile.recorder import Recorder
-from tests.nets import Net, Trace, compiled, converted, example, run
-from tests.tensor_parallel import parallel_stack
+from tests.nets import Net, compiled, converted, example, run
+from tests.tensor_parallel import parallel_stack, recorded, same_bits
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
 
@@ -38,27 +35,11 @@ def model() -> nn.Module:
     return parallel_stack(init_device_mesh("cpu", (2,)), X)
 
 
-def recorded(net: nn.Module, **options: Any) -> Recorder:
+def step(net: nn.Module, **options: Any) -> Recorder:
     """What is recorded of one training step."""
-    recorder = Recorder()
-
-    def backend(gm: GraphModule, _: Sequence[Any]) -> Any:
-        return compile_frame(gm, MHCConfig(**options), frozenset(options), recorder=recorder)
-
-    torch.compile(net, backend=backend)(X).sum().backward()
+    call, recorder = recorded(net, **options)
+    call(X).sum().backward()
     return recorder
-
-
-def assert_equal(found: Trace, expected: Trace) -> None:
-    """Bit for bit, shard by shard."""
-    assert torch.equal(found[0], expected[0])
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert torch.equal(local(found[1][name]), local(gradient)), name
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def windows(recorder: Recorder) -> list[Window]:
@@ -69,9 +50,9 @@ def test_a_tensor_parallel_step_is_the_same_bit_for_bit_and_fills_its_windows() 
     net = model()
     expected = run(compiled(net, "aot_eager", overlap="off"), net, X)
     torch.compiler.reset()
-    assert_equal(run(compiled(net, "aot_eager"), net, X), expected)
+    assert same_bits(run(compiled(net, "aot_eager"), net, X), expected)
     torch.compiler.reset()
-    recorder = recorded(net, inner="aot_eager")
+    recorder = step(net, inner="aot_eager")
     assert sum(after - before for before, after in (w.nodes for w in windows(recorder))) > 3
     assert len(windows(recorder)) == 6  # one forward and one backward for each site
 
@@ -80,7 +61,7 @@ def test_a_tensor_parallel_step_is_the_same_bit_for_bit_and_fills_its_windows() 
     "option", [{"overlap": "off"}, {"skip_passes": ("overlap_collectives_pass",)}]
 )
 def test_it_can_be_switched_off(option: dict[str, Any]) -> None:
-    assert not windows(recorded(model(), inner="aot_eager", **option))
+    assert not windows(step(model(), inner="aot_eager", **option))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +73,11 @@ def test_it_can_be_switched_off(option: dict[str, Any]) -> None:
 )
 def test_it_is_left_to_inductor_where_the_user_wants_that(theirs: dict[str, bool]) -> None:
     with inductor.patch(theirs):
-        assert not windows(recorded(model(), inner="aot_eager"))
+        assert not windows(step(model(), inner="aot_eager"))
 
 
 def test_a_dump_shows_the_graph_before_and_after_where_work_moved(tmp_path: Path) -> None:
-    recorder = recorded(model(), inner="aot_eager")
+    recorder = step(model(), inner="aot_eager")
     write_dump(tmp_path, recorder, recorder.report)
     stages = sorted(path.name for path in (tmp_path / "graph_0" / "aot_bw").iterdir())
     assert stages == [
@@ -109,13 +90,8 @@ def test_a_dump_shows_the_graph_before_and_after_where_work_moved(tmp_path: Path
 
 
 def test_a_graph_without_collectives_has_no_window() -> None:
-    recorder = Recorder()
-    net, x = converted(Net(), example()), example()
-
-    def backend(gm: GraphModule, _: Sequence[Any]) -> Any:
-        return compile_frame(gm, MHCConfig(inner="aot_eager"), recorder=recorder)
-
-    torch.compile(net, backend=backend)(x)
+    call, recorder = recorded(converted(Net(), example()), inner="aot_eager")
+    call(example())
     assert {stage.phase for stage in recorder.stages} == {"fw"}
     assert not recorder.graphs[0].overlap
 
@@ -125,12 +101,12 @@ def test_inductor_keeps_the_order_and_its_settings() -> None:
     """Between the start and the wait of the last site's backward lie the products for weights."""
     net = model()
 
-    def step() -> None:
+    def train() -> None:
         compiled(net, "inductor")(X).sum().backward()
 
     assert inductor.reorder_for_peak_memory
     with inductor.patch(force_disable_caches=True):
-        _, code = run_and_get_code(step)
+        _, code = run_and_get_code(train)
     assert inductor.reorder_for_peak_memory
     assert inductor.post_grad_custom_post_pass is None
     backward = next(text for text in code if "post_backward" in text)
@@ -145,7 +121,7 @@ def test_inductor_keeps_the_order_and_its_settings() -> None:
 def test_a_result_in_the_cache_of_inductor_is_of_the_same_passes(tmp_path: Path) -> None:
     runs: list[str] = []
 
-    def step(key: str) -> None:
+    def compile_with(key: str) -> None:
         def backend(gm: GraphModule, _: Sequence[Any]) -> Any:
             copy, _ = private.copy_captured(gm)
             inputs = [private.example_of(n) for n in gm.graph.nodes if n.op == "placeholder"]
@@ -159,5 +135,5 @@ def test_a_result_in_the_cache_of_inductor_is_of_the_same_passes(tmp_path: Path)
 
     with fresh_cache(dir=str(tmp_path)):
         for key in ("one", "one", "two"):
-            step(key)
+            compile_with(key)
     assert runs == ["one fw", "two fw"]
