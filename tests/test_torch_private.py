@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from mhc_compile import ConfigError, UnsupportedGraphError
 from mhc_compile import _torch_private as private
+from mhc_compile._torch_private import lowering, streams
 from mhc_compile.passes.owners import module_calls
 from tests.nets import WIDTH, Block, Net, example
 
@@ -297,8 +298,8 @@ def test_inductor_has_a_place_for_passes_of_others_and_a_key_for_them() -> None:
 
     assert custom_graph_pass.get_custom_graph_passes(config.post_grad_custom_post_pass) == ()
     assert config.reorder_for_peak_memory
-    key = private._last_pass(private.Lowering(lambda phase, gm: False, "key", (__file__,))).uuid()
-    other = private._last_pass(private.Lowering(lambda phase, gm: False, "2", (__file__,))).uuid()
+    key = lowering._last_pass(private.Lowering(lambda phase, gm: False, "key", (__file__,))).uuid()
+    other = lowering._last_pass(private.Lowering(lambda phase, gm: False, "2", (__file__,))).uuid()
     assert key != other
     assert not private.schedules_collectives()
     with config.patch(reorder_for_compute_comm_overlap=True):
@@ -433,4 +434,4 @@ def test_torch_has_the_operators_for_streams_and_a_place_for_the_current_one() -
 
 def test_there_is_one_side_stream_for_each_device() -> None:
     device = torch.device("cpu")
-    assert private._side_stream(device) is private._side_stream(device)
+    assert streams._side_stream(device) is streams._side_stream(device)
