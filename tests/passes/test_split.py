@@ -22,7 +22,7 @@ from mhc_compile.passes.overlap import overlap_collectives_pass
 from mhc_compile.passes.split import split_sites_pass
 
 OPS = torch.ops.mhc
-EAGER_TO_SPLIT = replace(CPU, launch=0.0, single_flops=1e9, link_latency=1.0)
+EAGER_TO_SPLIT = replace(CPU, launch=0.0, op_launch=0.0, single_flops=1e9, link_latency=1.0)
 """Work takes its flops, and any collective longer."""
 
 
