@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import ShortenTraceback, TorchDynamoException
 from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource
 from torch._dynamo.source import UnspecializedNNModuleSource as ModuleSource
 from torch._dynamo.source import UnspecializedParamBufferSource as ParameterSource
@@ -31,6 +31,8 @@ from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.passes.stream_lowering import StreamTable
 
 Compiled = Callable[..., Any]
+DYNAMO_ERRORS = (TorchDynamoException,)
+"""What Dynamo raises where it cannot go on; all else comes from the code that it traces or runs."""
 _RESUME = "torch_dynamo_resume_in"
 
 
@@ -120,7 +122,6 @@ class Frame:
             module = module.get_submodule(key)
         source = DictGetItemSource(ParameterSource(source, "_parameters"), name)
         node = VariableBuilder(self._tx, source)(getattr(module, name)).as_proxy().node
-        node._dynamo_source = node.meta["grapharg"].source
         assert isinstance(node, Node)
         return node
 
@@ -188,6 +189,13 @@ def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     return copy, where
 
 
+def note_source(placeholder: Node) -> Any:
+    """Dynamo's source of a placeholder; AOTAutograd wants it on each, and Dynamo adds it late."""
+    source = getattr(placeholder, "_dynamo_source", placeholder.meta["grapharg"].source)
+    placeholder._dynamo_source = source
+    return source
+
+
 def copy_signature(source: Graph, target: Graph, *, inputs: bool, outputs: bool) -> None:
     """Give ``target`` the call of the exported graph ``source``: its arguments, its result or both.
 
@@ -239,6 +247,12 @@ class Lowering:
     """Source files that it depends on, likewise."""
     cacheable: bool = True
     """Whether the result means the same in another process."""
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether ``value`` is a DTensor, real or fake."""
+    kind = sys.modules.get("torch.distributed.tensor")
+    return kind is not None and isinstance(value, kind.DTensor)
 
 
 def compile_inductor(

@@ -20,6 +20,7 @@ from mhc_compile.convert import convert_, is_converted, revert_
 from mhc_compile.errors import MHCError
 from mhc_compile.mlir import check_mlir
 from mhc_compile.passes.widen import Widening
+from mhc_compile.pipeline import lowered_passes, run_passes
 from mhc_compile.recorder import GraphRecord, Recorder
 from mhc_compile.report import Report
 from mhc_compile.stages import DumpOptions
@@ -69,7 +70,7 @@ class LoweredGraph:
 def lowered_graphs(
     model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwargs: Any
 ) -> tuple[Report, list[LoweredGraph]]:
-    """What AOTAutograd makes of the rewritten graphs; the model is converted back.
+    """The graphs of AOTAutograd as they are compiled; the model is converted back.
 
     Args:
         model: as for `trace_stages`, like ``config``.
@@ -84,8 +85,11 @@ def lowered_graphs(
     Raises:
         UnsupportedGraphError: the model cannot be converted.
     """
-    recorder = _LoweredRecorder()
-    report = _watch(recorder, model, args, kwargs, config or MHCConfig())
+    recorder, config = _LoweredRecorder(), config or MHCConfig()
+    report = _watch(recorder, model, args, kwargs, config)
+    passes = lowered_passes(config.skip_passes, overlap=config.overlap)
+    for graph in recorder.lowered:
+        run_passes(graph.gm, (), passes)
     return report, recorder.lowered
 
 

@@ -28,7 +28,7 @@ OPTIONAL_PASSES = (
     *("assign_streams_pass", "lower_streams_pass"),
 )
 """The passes that only improve a graph, and so can be switched off."""
-ORDERING_PASSES = frozenset({"overlap_collectives_pass", "lower_streams_pass"})
+ORDERING_PASSES = frozenset({"overlap_collectives_pass", "assign_streams_pass"})
 """The passes whose result is the order of the nodes, which nothing behind them may change."""
 
 

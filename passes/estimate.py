@@ -111,8 +111,8 @@ def node_seconds(node: Node, device: Device) -> float:
         return 0.0
     if is_collective(node):
         return device.launch
-    outputs = tensors(value_of(node))
-    is_half = all(tensor.dtype.itemsize <= 2 for tensor in outputs) and not _is_mhc(node)
+    first, *_ = tensors(value_of(node))  # statistics behind it are float32 whatever it is
+    is_half = first.dtype.itemsize <= 2 and not _is_mhc(node)
     rate = device.half_flops if is_half else device.single_flops
     launch = device.op_launch if _is_mhc(node) else device.launch
     return launch + max(node_flops(node) / rate, node_bytes(node) / device.bandwidth)

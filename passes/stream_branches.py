@@ -3,7 +3,8 @@
 A branch holds attention if it multiplies two values that both come from data; an MLP multiplies
 data by weights alone. In the backward each such product gives two: the gradient of its result is
 multiplied by either operand, and both ways lead on to the input of the branch. So nothing has to
-know weights from saved activations, or the name of a module.
+know weights from saved activations, or the name of a module. Operators that are not torch's are
+judged by how many values they read.
 """
 
 import operator
@@ -16,6 +17,7 @@ from mhc_compile.passes.collectives import is_collective, is_wait
 from mhc_compile.passes.opnames import op_name, two_inputs
 from mhc_compile.passes.states import POST, PRE, SEAM
 from mhc_compile.passes.stream_graph import kernel_inputs, kernel_users, launches, maker
+from mhc_compile.passes.values import carries_float
 from mhc_compile.passes.vocabulary import CONVOLUTION, MATMUL, RECURRENT, is_opaque
 
 _BACKWARD = (torch.ops.mhc.post_backward.default, torch.ops.mhc.seam_backward.default)
@@ -23,6 +25,8 @@ _REPLAYED = (PRE, POST, SEAM)
 _PRODUCTS = MATMUL | CONVOLUTION
 _DF = 1
 """Which result of a backward of post or seam is the gradient of the branch output."""
+_OF_A_PRODUCT = 3
+"""Operands of the backward of a product: its gradient and two factors. Attention has more."""
 
 
 def side_kernels(graph: Graph) -> set[Node]:
@@ -75,19 +79,18 @@ def _branch_output(node: Node) -> Node:
 
 
 def _is_mlp_forward(f: Node) -> bool:
-    """Whether no product above ``f``, up to the ops of the streams, has two operands of data."""
+    """Whether nothing above ``f``, up to the ops of the streams, multiplies data by data."""
     if not launches(f) or is_mhc(f):
         return False
-    region = _above(f)
     data: dict[Node, bool] = {}
-    for node in sorted(region):
-        data[node] = _is_product(node) or any(
-            is_mhc(source) or data.get(source, False) for source in kernel_inputs(node)
-        )
-        operands = two_inputs(node) if _is_product(node) else None
-        if _hides(node):
+    for node in sorted(_above(f)):
+        if _is_attention(node):
             return False
-        if operands and all(data.get(s, is_mhc(s)) for s in map(maker, operands)):
+        operands = _multiplied(node)
+        data[node] = bool(operands) or any(
+            data.get(source, is_mhc(source)) for source in kernel_inputs(node)
+        )
+        if sum(data.get(source, is_mhc(source)) for source in operands) > 1:
             return False
     return True
 
@@ -95,15 +98,14 @@ def _is_mlp_forward(f: Node) -> bool:
 def _is_mlp_backward(node: Node) -> bool:
     """Whether no gradient between the output and the input of the branch is multiplied twice."""
     region = {kernel for user in node.users if _part(user) == _DF for kernel in _between(user)}
-    multiplied: set[Node] = set()
+    gradients: set[Node] = set()
     for kernel in region:
-        if _hides(kernel):
+        operands = _multiplied(kernel)
+        hidden = _is_foreign(kernel) and len(operands) > _OF_A_PRODUCT
+        own = operands & (region | {node})
+        if _is_attention(kernel) or hidden or (not _is_foreign(kernel) and own & gradients):
             return False
-        if _is_product(kernel):
-            own = {maker(n) for n in two_inputs(kernel) or ()} & (region | {node})
-            if own & multiplied:
-                return False
-            multiplied |= own
+        gradients |= own
     return bool(region)
 
 
@@ -139,13 +141,18 @@ def _between(df: Node) -> set[Node]:
     return found
 
 
-def _is_product(node: Node) -> bool:
-    name = op_name(node)
-    return name in _PRODUCTS or name.removesuffix("_backward") in CONVOLUTION
+def _multiplied(node: Node) -> set[Node]:
+    """What made the factors of a product; of a foreign operator all that it reads of floats."""
+    if _is_foreign(node):
+        return {maker(source) for source in node.all_input_nodes if carries_float(source)}
+    return set(map(maker, two_inputs(node) or ())) if op_name(node) in _PRODUCTS else set()
 
 
-def _hides(node: Node) -> bool:
-    """Whether the node may hold attention that the graph does not show."""
+def _is_foreign(node: Node) -> bool:
+    """Whether an operator is none of torch's: a product, a scan, attention."""
+    return is_opaque(node) and not is_collective(node) and not is_wait(node)
+
+
+def _is_attention(node: Node) -> bool:
     name = op_name(node)
-    collective = is_collective(node) or is_wait(node)
-    return "attention" in name or name in RECURRENT or (is_opaque(node) and not collective)
+    return "attention" in name or name in RECURRENT

@@ -20,6 +20,7 @@ from mhc_compile.kernels.traffic import least_rows
 from mhc_compile.passes.estimate import (
     CPU,
     H100,
+    Device,
     device_of,
     estimate,
     is_free,
@@ -196,6 +197,17 @@ def test_a_product_takes_its_flops_and_a_sum_its_bytes() -> None:
     half = lowered(lambda x: x @ x, torch.randn(512, 512, dtype=torch.bfloat16))
     faster = replace(device, half_flops=2 * device.single_flops)
     assert node_seconds(only(half, ATEN.mm.default), faster) == 6.0
+
+
+def test_attention_in_half_is_as_fast_as_half_though_its_statistics_are_float32() -> None:
+    def seconds(dtype: torch.dtype, device: Device) -> float:
+        gm = lowered(F.scaled_dot_product_attention, *torch.randn(3, 1, 2, 64, 32, dtype=dtype))
+        return node_seconds(
+            only(gm, ATEN._scaled_dot_product_flash_attention_for_cpu.default), device
+        )
+
+    device = replace(CPU, launch=0.0, bandwidth=1e30, half_flops=2 * CPU.single_flops)
+    assert seconds(torch.bfloat16, device) == seconds(torch.float32, device) / 2
 
 
 @pytest.mark.usefixtures("_group")

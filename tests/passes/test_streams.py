@@ -189,7 +189,8 @@ def test_only_the_mlps_of_a_transformer_count(graphs: dict[str, GraphModule]) ->
 
 
 def test_a_pre_that_was_not_joined_goes_with_its_post_and_the_sum_of_gradients_too() -> None:
-    found = lowered(transformer(), recompute="off", skip_passes=("join_seams_pass",))
+    skipped = ("join_seams_pass", "accumulate_gradients_pass")
+    found = lowered(transformer(), recompute="off", skip_passes=skipped)
     assert side(found["fw"]) == ["post", "pre", "post"]
     backward = ["post_backward", "pre_backward", "add", "post_backward"]
     assert side(found["bw"]) == ["expand", *backward]
@@ -204,26 +205,49 @@ def test_what_a_backward_makes_again_goes_to_the_side_whatever_it_follows() -> N
     assert len(kernels) == 2
 
 
-def test_a_branch_that_the_graph_does_not_show_stays() -> None:
-    class Unknown(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return hidden_product(x)
+class Foreign(nn.Module):
+    """A branch around an operator that is not torch's."""
 
-    found = lowered(Net(Unknown(), MLP()), recompute="off")
-    assert side(found["fw"]) == ["post"]
+    def __init__(self, operands: int) -> None:
+        super().__init__()
+        self.weights = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(operands))
 
-
-@torch.library.custom_op("tests_streams::hidden_product", mutates_args=())
-def hidden_product(x: Tensor) -> Tensor:
-    return x @ x.transpose(-1, -2) @ x
+    def forward(self, x: Tensor) -> Tensor:
+        return foreign([weight(x) for weight in self.weights])
 
 
-@hidden_product.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+@torch.library.custom_op("tests_streams::foreign", mutates_args=())
+def foreign(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum(0)
 
 
-hidden_product.register_autograd(lambda ctx, grad: grad)
+@torch.library.custom_op("tests_streams::foreign_backward", mutates_args=())
+def foreign_backward(grad: Tensor, values: list[Tensor]) -> list[Tensor]:
+    return [grad.clone() for _ in values]
+
+
+@foreign.register_fake
+def _(values: list[Tensor]) -> Tensor:
+    return torch.empty_like(values[0])
+
+
+@foreign_backward.register_fake
+def _(grad: Tensor, values: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(grad) for _ in values]
+
+
+foreign.register_autograd(
+    lambda ctx, grad: foreign_backward(grad, list(ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
+)
+
+
+@pytest.mark.parametrize(("operands", "is_mlp"), [(1, True), (3, False)])
+def test_a_foreign_operator_is_judged_by_what_it_reads(operands: int, is_mlp: bool) -> None:
+    found = lowered(Net(Foreign(operands), Foreign(operands)), recompute="off")
+    assert side(found["fw"]) == (["seam", "post"] if is_mlp else [])
+    expected = ["expand", "post_backward", "seam_backward"]
+    assert side(found["bw"]) == (expected if is_mlp else [])
 
 
 def test_gradients_of_weights_go_behind_the_side_kernel_they_delay(
