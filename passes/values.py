@@ -16,8 +16,8 @@ from torch.fx import Node
 RECOMPUTE, REGION = "recompute", "ac_graph_id"
 """Metadata of ``torch.utils.checkpoint``: what the backward does with a value, and the number of
 the region that is made again as a whole. AOTAutograd's partitioner obeys them."""
-VALUE_KEYS = ("example_value", "val", "tensor_meta")
-"""Metadata that describes a node's value, and so does not fit another node."""
+VALUE_KEYS = ("example_value", "val", "tensor_meta", "eager_input_vals")
+"""Metadata that describes a node's value or its operands', and so does not fit another node."""
 
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
