@@ -21,8 +21,9 @@ class Lowering:
     """Settings that the result depends on; part of Inductor's cache key."""
     files: tuple[str, ...]
     """Source files that it depends on, likewise."""
-    cacheable: bool = True
-    """Whether the result means the same in another process."""
+    side_stream: bool = False
+    """Whether it may put work on a second stream. Streams and events are numbers in the graph, and
+    mean objects of this process: nothing that is made of it goes to a cache."""
 
 
 def compile_inductor(
@@ -47,6 +48,10 @@ def compile_inductor(
         patches["post_grad_custom_post_pass"] = (*own, _last_pass(lowering))
         # What is patched returns to its value behind each graph, whatever a pass makes of it.
         patches.setdefault("reorder_for_peak_memory", config.reorder_for_peak_memory)
+        if lowering.side_stream:
+            # Inductor would reuse a buffer behind its last reader in the program, which may be
+            # running still on the other stream; torch's allocator knows who holds a block.
+            patches["allow_buffer_reuse"] = False
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
@@ -63,7 +68,7 @@ def _last_pass(lowering: Lowering) -> Any:
                 config.reorder_for_peak_memory = False  # it might undo the order
 
         def uuid(self) -> Any:
-            if not lowering.cacheable:
+            if lowering.side_stream:
                 return None
             return get_hash_for_files(lowering.files, lowering.key)
 
