@@ -20,9 +20,9 @@ name of a module, a class or a function of the model:
    more than such parts.
 
 Left out although they pass: ``x + conv(x)`` (a positional encoding); a single residual inside the
-branch of another that is no layer in it (``y + D x`` of a state-space mixer, see `nesting`); a value
-from outside added inside the branch of another (a position bias that all layers share); everything
-in a model whose state is n streams already (`hyper`).
+branch of another that is no layer in it (``y + D x`` of a state-space mixer, see `nesting`); a
+value from outside added inside the branch of another (a position bias that all layers share);
+everything in a model whose state is n streams already (`hyper`).
 
 Forms: ``identity`` (the skip is the origin), ``parallel`` (so, and two or more branches), ``scaled
 skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two), ``projection``

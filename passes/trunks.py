@@ -1,9 +1,9 @@
 """How residual sites chain: which site reads, through what, the sum of which other.
 
 Going up from the origin of a site through what acts on every stream alike (norms, activations,
-scales, masks, layout, added embeddings) leads to the root of the site before, or to something that ends a
-trunk: linear, convolution, pooling, attention, cat, split, slice, any change of size. A projection
-starts a trunk of its own.
+scales, masks, layout, added embeddings) leads to the root of the site before, or to something that
+ends a trunk: linear, convolution, pooling, attention, cat, split, slice, any change of size. A
+projection starts a trunk of its own.
 """
 
 from collections.abc import Container, Sequence

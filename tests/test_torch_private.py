@@ -1,6 +1,7 @@
 """Each private or undocumented part of torch that we rely on exists and behaves as we use it."""
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -365,3 +366,19 @@ def test_the_bodies_of_custom_ops_are_plain_functions() -> None:
     x = torch.randn(2, 3)
     assert torch.equal(body(x, 4, -1), torch.ops.mhc.expand(x, 4, -1))
     assert {torch.ops.mhc.pre.default, torch.ops.mhc.post_backward.default} <= set(bodies)
+
+
+def test_graph_breaks_are_noted_and_what_the_user_logs_stays_the_same() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return x * 2
+
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    with private.watch_breaks() as breaks:
+        torch.compile(Breaks(), backend="eager")(example())
+    line = Breaks.forward.__code__.co_firstlineno + 1
+    assert [entry.source for entry in breaks] == [f"test_torch_private.py:{line}"]
+    assert "User-inserted graph break" in breaks[0].reason
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
