@@ -1,6 +1,7 @@
 """Each private or undocumented part of torch that we rely on exists and behaves as we use it."""
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -435,3 +436,19 @@ def test_torch_has_the_operators_for_streams_and_a_place_for_the_current_one() -
 def test_there_is_one_side_stream_for_each_device() -> None:
     device = torch.device("cpu")
     assert streams._side_stream(device) is streams._side_stream(device)
+
+
+def test_graph_breaks_are_noted_and_what_the_user_logs_stays_the_same() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return x * 2
+
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    with private.watch_breaks() as breaks:
+        torch.compile(Breaks(), backend="eager")(example())
+    line = Breaks.forward.__code__.co_firstlineno + 1
+    assert [entry.source for entry in breaks] == [f"test_torch_private.py:{line}"]
+    assert "User-inserted graph break" in breaks[0].reason
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
