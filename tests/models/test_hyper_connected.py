@@ -160,8 +160,12 @@ def test_deepseek_v4_trains_alike_for_fifty_steps() -> None:
     pytest.importorskip("transformers")
     ids = torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(0))
 
-    def losses(backend: Any) -> list[float]:
+    def losses(backend: Any, nudge: float = 0.0) -> list[float]:
         model = _causal_lm("DeepseekV4", hc_mult=4, hc_sinkhorn_iters=5)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + nudge * torch.randn(parameter.shape, generator=generator))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend=backend)
@@ -174,9 +178,14 @@ def test_deepseek_v4_trains_alike_for_fifty_steps() -> None:
             values.append(loss.item())
         return values
 
-    plain, mine = losses("eager"), losses(Rewritten())
+    def distance(ours: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(plain, ours, strict=True))
+
+    plain = losses("eager")
     assert plain[-1] < 0.7 * plain[0]
-    assert max(abs(a - b) for a, b in zip(plain, mine, strict=True)) < 1e-3
+    # Its router picks experts, so that rounding grows: weights off by one float32 step show by how
+    # much without us.
+    assert distance(losses(Rewritten())) < 2 * distance(losses("eager", nudge=1e-7))
 
 
 @pytest.mark.slow
