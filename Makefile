@@ -21,6 +21,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu and not bench"
 
 test-all: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[iree]'
 	$(BIN)/python -m pytest -m "not gpu and not bench"
 
 lint: $(STAMP)

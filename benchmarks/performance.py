@@ -80,7 +80,8 @@ _PARTS = (
         "A training step of tensor parallel sites on two ranks of one thread each; the link takes "
         "`link` milliseconds for every all-reduce and no processor time. Wall milliseconds of one "
         "rank. `ratio` is the median over pairs of steps that followed each other, with its "
-        "quartiles; `predicted` is the same by the estimate of every node's time.",
+        "quartiles; `best` is that of the shortest steps, `predicted` that of a simulation, which "
+        "takes every node's time from the estimate.",
     ),
     _Part(
         "chains",

@@ -104,14 +104,14 @@ def _filtered(name: str, kinds: Sequence[str], config: MHCConfig) -> str | None:
     """Why the configuration leaves out a site of that name, form and traits, or None."""
     if config.streams == 1:
         return "streams=1 is the plain residual"
-    if not any(_matches(pattern, name, kinds) for pattern in config.include_patterns):
+    if not any(matches(pattern, name, kinds) for pattern in config.include_patterns):
         return f"no pattern of include={config.include} matches {name} ({', '.join(kinds)})"
-    hit = next((p for p in config.exclude_patterns if _matches(p, name, kinds)), None)
+    hit = next((p for p in config.exclude_patterns if matches(p, name, kinds)), None)
     return f"excluded by {hit!r}" if hit is not None else None
 
 
-def _matches(pattern: str, name: str, kinds: Sequence[str]) -> bool:
-    """Whether a pattern of names, or one of forms and traits, fits a site."""
+def matches(pattern: str, name: str, kinds: Sequence[str]) -> bool:
+    """Whether a pattern of names, or one of forms and traits (``form:``), fits a site."""
     if not pattern.startswith(FORM):
         return fnmatchcase(name, pattern)
     return any(fnmatchcase(kind, pattern.removeprefix(FORM)) for kind in kinds)

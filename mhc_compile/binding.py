@@ -6,9 +6,12 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from mhc_compile._torch_private import Frame
+from mhc_compile._torch_private import Frame, is_dtensor, note_source
 from mhc_compile.analysis import Analysis
+from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.passes.lane import Lane
+from mhc_compile.passes.plan import PlannedSite
+from mhc_compile.passes.values import value_of
 from mhc_compile.passes.widen import Departure, Head, SiteInputs, Widening
 from mhc_compile.site import MHCSite, MHCSites, SiteRecord
 
@@ -87,8 +90,21 @@ def lift_parameters(
         assert sites is not None
         for name in parameter_names(sites, record):
             lifted[id(host), record.key, name] = frame.lift(host, ("mhc", record.key), name)
+        _refuse_mixed(planned, record, sites)
     _mirror(captured, analysis.gm, where)
     return lambda host, key, name: where[lifted[id(host), key, name]]
+
+
+def _refuse_mixed(planned: PlannedSite, record: SiteRecord, sites: MHCSites) -> None:
+    """DTensors and plain tensors do not go into one operation."""
+    is_sharded = is_dtensor(value_of(planned.start))
+    if is_sharded != is_dtensor(sites.site(record.key).bias):
+        here, there = ("a DTensor", "are not") if is_sharded else ("a plain tensor", "are DTensors")
+        raise UnsupportedGraphError(
+            f"the trunk at {record.key} ({record.source}) is {here}, and the parameters of the "
+            f"site {there}: mhc_compile.distributed.replicate_parameters_(model, mesh) makes them "
+            "DTensors, use_local_output=True in a plan makes the trunk plain"
+        )
 
 
 def _inputs(name: str, site: MHCSite, dim: int, nodes: Mapping[str, Node]) -> SiteInputs:
@@ -107,6 +123,6 @@ def _mirror(captured: GraphModule, copy: GraphModule, where: dict[Node, Node]) -
             with graph.inserting_after(previous):
                 new = graph.placeholder(node.name)
             new.meta = dict(node.meta)
-            new._dynamo_source = node._dynamo_source
+            new._dynamo_source = note_source(node)
             where[node] = new
         previous = where[node]

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile import carry
-from mhc_compile._torch_private import Compiled, fake_like, without_tracing
+from mhc_compile._torch_private import Compiled, fake_like, is_dtensor, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
 from mhc_compile.match import sites_of
@@ -61,6 +61,7 @@ class Borders:
                 sites = sites_of(analysis.host_of(trunk[0]))
                 assert sites is not None, "a planned site has parameters"
                 streams = sites.site(first.key).spec.streams
+                _refuse_sharded(arrival, first)
                 self._arrivals.append(_Arrival(arrival, first, streams))
             elif not first.starts:
                 raise UnsupportedGraphError(
@@ -69,6 +70,7 @@ class Borders:
                     "(TORCH_LOGS=graph_breaks shows it), or an add that conversion did not see"
                 )
             if departure is not None and last.continues:
+                _refuse_sharded(departure, last)
                 self.departures.append(Departure(departure, last.ends))
 
     def arrive(self, graph: Graph) -> dict[Node, Lane]:
@@ -122,3 +124,12 @@ class Borders:
             return tuple(outputs[: self._visible])
 
         return call
+
+
+def _refuse_sharded(boundary: Boundary, record: SiteRecord) -> None:
+    if is_dtensor(boundary.value.meta.get("example_value")):
+        raise UnsupportedGraphError(
+            f"the trunk goes from graph to graph at {record.key} ({record.source}) as a DTensor, "
+            "which cannot carry its streams: compile the whole model at once, or let the plan "
+            "give plain tensors to the trunk (use_local_output=True)"
+        )

@@ -1,6 +1,7 @@
 """Run a model once under Dynamo and keep its graphs, without changing anything of the model."""
 
 import contextlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 
 from mhc_compile import carry
 from mhc_compile._torch_private import (
+    DYNAMO_ERRORS,
     Frame,
     GraphBreak,
     copy_captured,
@@ -21,9 +23,12 @@ from mhc_compile._torch_private import (
     without_tracing,
 )
 from mhc_compile.analysis import Analysis, Refuse, analyse, for_hosts
-from mhc_compile.errors import MHCError
+from mhc_compile.errors import MHCError, UnsupportedGraphError
 from mhc_compile.hosts import HostedSite, ParameterOwners, erase_markers, resolve_by_id
 from mhc_compile.match import BROKEN
+
+_FRAME = re.compile(r'File "(.+)", line (\d+)')
+_SHOWN = 400
 
 
 @dataclass(slots=True)
@@ -62,6 +67,8 @@ def capture_model(
 
     Raises:
         MHCError: as the analysis raises it.
+        UnsupportedGraphError: Dynamo cannot trace the call. An error of the model's own code stays
+            what it is.
     """
     capture = Capture()
     reset_dynamo()
@@ -73,10 +80,25 @@ def capture_model(
         ours = error if isinstance(error, MHCError) else getattr(error, "inner_exception", cause)
         if isinstance(ours, MHCError):
             raise ours from error
-        raise
+        if not isinstance(error, DYNAMO_ERRORS):  # raised by the model itself
+            raise
+        raise UnsupportedGraphError(_failure(model, error)) from error
     finally:
         reset_dynamo()
     return capture
+
+
+def _failure(model: nn.Module, error: Exception) -> str:
+    """What is wrong with a call that could not be traced, and where in the user's code."""
+    text = str(error)
+    frames = _FRAME.findall(text.partition("from user code:")[2])
+    place = f" at {frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
+    told = " ".join(text.partition("from user code:")[0].split())
+    return (
+        f"{type(model).__name__} cannot be traced with these example inputs: {type(error).__name__}"
+        f"{place}: {told[:_SHOWN]}{' ...' if len(told) > _SHOWN else ''}. First see that "
+        "model(...) itself runs on them; if it does, torch.compile cannot compile it as it is"
+    )
 
 
 class _Collector:

@@ -70,10 +70,13 @@ def convert_(
     config = config or MHCConfig()
     already = _conversion(model)
     config = select_sites(config, model, args, kwargs)
-    if already is not None and already != asdict(config):
+    if already is not None and already != (wanted := asdict(config)):
+        differ = [name for name in wanted if already.get(name) != wanted[name]]
+        there = ", ".join(f"{name}={already.get(name)!r}" for name in differ)
         raise ConfigError(
-            f"the model is converted already, with {already}: mhc_compile.revert_(model) "
-            "takes that off"
+            f"the model is converted already, with {there} and not "
+            f"{', '.join(f'{name}={wanted[name]!r}' for name in differ)}: "
+            "mhc_compile.revert_(model) takes that off"
         )
     names = _names(model)
     capture = capture_model(
@@ -118,6 +121,11 @@ def is_converted(model: nn.Module) -> bool:
 
 def _conversion(model: nn.Module) -> dict[str, Any] | None:
     """The configuration ``model`` was converted with; None if it was not."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedGraphError(
+            f"a {type(model).__name__} is no torch.nn.Module: parameters would have no place. Put "
+            "the computation into the forward of a module"
+        )
     sites = (sites_of(module) for module in model.modules())
     return next((found.config for found in sites if found is not None), None)
 

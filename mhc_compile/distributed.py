@@ -12,14 +12,28 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.experimental import register_sharding
 
+import mhc_compile.kernels.sharding  # noqa: F401 - DTensor learns the ops
 from mhc_compile.convert import mhc_parameters
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
+from mhc_compile.guard import MARKER
 from mhc_compile.match import sites_of
+from mhc_compile.site import MHCSite
 from mhc_compile.split import Cut, PipelineSplit, split_stages
 
-__all__ = ["Cut", "PipelineSplit", "all_reduce_gradients_", "check_ranks", "split_stages"]
+__all__ = [
+    "Cut",
+    "PipelineSplit",
+    "all_reduce_gradients_",
+    "check_ranks",
+    "replicate_parameters_",
+    "split_stages",
+]
+
+# The marker of a call does nothing with the parameter it is given, wherever that lies.
+register_sharding(MARKER)(lambda anchor, policy: [([], [Replicate(), None])])
 
 _OF_ONE_RANK = frozenset({"inner", "kernels", "on_eager", "recompute", "skip_passes"})
 """Settings that say how a rank computes, and not what: they may differ."""
@@ -46,6 +60,21 @@ def all_reduce_gradients_(model: nn.Module, mesh: DeviceMesh) -> None:
     parts = torch.split(flat, [gradient.numel() for gradient in local])
     for gradient, part in zip(local, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def replicate_parameters_(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Make every mhc parameter a DTensor that is replicated over ``mesh``, in place.
+
+    For models whose trunk is a DTensor (a plan with ``use_local_output=False``). DTensor then sums
+    their gradients itself: do not call `all_reduce_gradients_`. Compile such a model as a whole.
+
+    Args:
+        model: a converted model.
+        mesh: the mesh of the trunk.
+    """
+    for module in model.modules():
+        if isinstance(module, MHCSite):
+            distribute_module(module, mesh)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """Turn what was found into a `Report`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from torch import nn
 from torch.fx import Node
 
+from mhc_compile.analysis import matches
 from mhc_compile.capture import Capture
 from mhc_compile.config import MHCConfig
 from mhc_compile.costs import activation_bytes, parameter_count, trunk_operations
@@ -26,6 +27,7 @@ _CHOICES = {
 }
 """By form: what the rewrite does where it had a choice, and why."""
 
+_SHOWN = 3
 _BEHIND = ", as far as this side of a graph break shows (see the notes)"
 
 
@@ -57,8 +59,20 @@ def build_report(
             for analysis in capture.runs
             for chain in analysis.chains
         ),
-        notes=_notes(capture),
+        notes=(*_notes(capture), *_idle_patterns(config, uses, names)),
     )
+
+
+def _idle_patterns(
+    config: MHCConfig, uses: Sequence[SiteUse], names: dict[int, str]
+) -> Iterator[str]:
+    """What is asked for in vain: most likely a name that is spelled in another way."""
+    sites = [(use.hosted.name(names), use.hosted.kinds) for use in uses]
+    for field in ("include", "exclude"):
+        for pattern in getattr(config, f"{field}_patterns"):
+            if sites and not any(matches(pattern, *site) for site in sites):
+                shown = ", ".join(name for name, _ in sites[:_SHOWN])
+                yield f"{field}: {pattern!r} matches none of the {len(sites)} sites ({shown}, ...)"
 
 
 def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: bool) -> Site:

@@ -1,15 +1,17 @@
 """Sites inside the branches of others: which are kept, and what trunks tell about a site.
 
 Branches may hold whole trunks (a transformer inside a U-Net), or one layer around which a block has
-a second skip. A single site inside a branch is no layer if what it adds ends in no weights of its
-own: ``y + D x`` of a state-space mixer, the pooled queries that an attention adds to its result. A
+a second skip. A single site inside a branch is such a layer only if it stands in line, with nothing
+of the branch led past its origin, and what it adds ends in weights of its own. Otherwise it is a
+part of the branch: ``y + D x`` of a state-space mixer, queries that an attention adds to what it
+makes of keys and values. A
 single site whose sum lies inside a branch that its origin does not come from adds a foreign value
 there: a position bias that all layers share is computed with by the first layer, so every later
 layer seems to compute the other operand from it. A site that starts from the same value as the one
 around it (or from an alias of it, see `origins`) is neither.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -47,7 +49,7 @@ def settle(
     dropped: Dropped = {}
     for i in sorted(single & nestings.keys()):
         origin, outer = sites[i].origin, sites[nestings[i].outer].root
-        if nestings[i].inside and _ends_in_weights(index, sites[i]):
+        if nestings[i].inside and _is_layer(index, sites[i], sites[nestings[i].outer]):
             continue
         if nestings[i].inside:
             dropped[i] = (NESTED, nested_reason(origin, outer))
@@ -69,9 +71,17 @@ def settle(
     return _mark(remaining, links, nested), links, dropped
 
 
-def _ends_in_weights(index: FlowIndex, site: ResidualSite) -> bool:
-    """Whether the last thing that mixes is a product with weights, on every way down the branch."""
+def _is_layer(index: FlowIndex, site: ResidualSite, outer: ResidualSite) -> bool:
+    """Whether a site inside a branch is the way of that branch, and ends in weights of its own."""
     branch = set(branch_nodes(index, site))
+    around = {outer.origin, *branch_nodes(index, outer)} - branch - {site.origin}
+    return _ends_in_weights(index, site, branch) and all(
+        around.isdisjoint(index.inputs(node)) for node in branch
+    )
+
+
+def _ends_in_weights(index: FlowIndex, site: ResidualSite, branch: Collection[Node]) -> bool:
+    """Whether the last thing that mixes is a product with weights, on every way down."""
     stack = [leaf for leaf in site.branches if leaf in branch]
     seen: set[Node] = set()
     while stack:

@@ -5,8 +5,8 @@
 AOTAutograd puts the wait of a collective right behind its start. Here the nodes of a forward or
 backward graph are put in another order, and nothing else: a collective starts as soon as its
 operands are there, then comes what it did not need, and the wait when nothing else is left to do.
-In a site whose branch ends in an all-reduce that is the site's own work: H_res and ``H_res X``
-forward, the gradients of the skip backward.
+Where a branch ends in an all-reduce that is, forward, the mappings of its site (`split`), and in
+the backward the gradients of weights and what recomputation makes again.
 
 Paper: arXiv 2512.24880, section 4.3.3.
 """
@@ -17,11 +17,17 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.collectives import is_collective, is_wait, waits_of_starts
-from mhc_compile.passes.estimate import device_of, is_free, node_seconds, transfer_seconds
+from mhc_compile.passes.estimate import (
+    Device,
+    device_of,
+    is_free,
+    node_seconds,
+    transfer_seconds,
+)
 from mhc_compile.passes.schedule import dependences, peak_bytes, reorder
 
 _ORDER = "mhc_overlap_order"
@@ -74,7 +80,7 @@ def overlap_collectives_pass(
     starts, nodes = waits_of_starts(gm.graph), list(gm.graph.nodes)
     if not starts or gm.meta.get(_ORDER) == [node.name for node in nodes]:
         return PassResult(gm, False)
-    peak, before = peak_bytes(nodes), _windows(gm.graph)
+    peak = peak_bytes(nodes)
     dependence, span = dependences(nodes), len(nodes)
     order = list_schedule(nodes, dependence, set(starts), span)
     while peak_bytes(order) > peak * (1 + growth):  # with a span of 0 it is the same
@@ -84,17 +90,7 @@ def overlap_collectives_pass(
     if not reorder(gm.graph, order):
         return PassResult(gm, False)
     if report is not None:
-        after, device = _windows(gm.graph), device_of(gm.graph)
-        windows = tuple(
-            Window(
-                start=start.name,
-                nodes=(before[start][0], after[start][0]),
-                seconds=(before[start][1], after[start][1]),
-                transfer=transfer_seconds(start, device),
-            )
-            for start in starts
-        )
-        report(Overlap(windows=windows, peak=(peak, peak_bytes(order))))
+        report(_overlap(starts, (nodes, order), device_of(gm.graph)))
     return PassResult(gm, True)
 
 
@@ -180,17 +176,37 @@ def _next_starts(
     return found
 
 
-def _windows(graph: Graph) -> dict[Node, tuple[int, float]]:
+def _overlap(
+    starts: Mapping[Node, Sequence[Node]],
+    orders: tuple[Sequence[Node], Sequence[Node]],
+    device: Device,
+) -> Overlap:
+    before, after = (_windows(starts, nodes, device) for nodes in orders)
+    windows = (
+        Window(
+            start=start.name,
+            nodes=(before[start][0], after[start][0]),
+            seconds=(before[start][1], after[start][1]),
+            transfer=transfer_seconds(start, device),
+        )
+        for start in starts
+    )
+    first, second = (peak_bytes(nodes) for nodes in orders)
+    return Overlap(windows=tuple(windows), peak=(first, second))
+
+
+def _windows(
+    starts: Mapping[Node, Sequence[Node]], nodes: Sequence[Node], device: Device
+) -> dict[Node, tuple[int, float]]:
     """Operations between the start of every collective and its first wait, and their seconds."""
-    device = device_of(graph)
-    done: dict[Node, tuple[int, float]] = {}  # operations and seconds up to a node
+    done: dict[Node, tuple[int, float]] = {}  # up to a node
     count, seconds = 0, 0.0
-    for node in graph.nodes:
+    for node in nodes:
         done[node] = count, seconds
         if not is_free(node) and not is_collective(node):
             count, seconds = count + 1, seconds + node_seconds(node, device)
     found = {}
-    for start, waits in waits_of_starts(graph).items():
+    for start, waits in starts.items():
         end = min((done[wait] for wait in waits), key=lambda item: item[0])
         found[start] = end[0] - done[start][0], end[1] - done[start][1]
     return found

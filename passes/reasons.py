@@ -74,8 +74,8 @@ def nested_reason(origin: Node, outer: Node) -> str:
     """A single residual inside a branch."""
     return (
         f"its origin {describe(origin)} lies inside the branch of the residual {describe(outer)}, "
-        "no second site follows, and what it adds ends in no weights of its own: part of that "
-        "branch, no layer"
+        "no second site follows, and it reads more of that branch than its origin or adds what "
+        "ends in no weights of its own: part of the branch, no layer"
     )
 
 

@@ -20,7 +20,7 @@ name of a module, a class or a function of the model:
    more than such parts.
 
 Left out although they pass: ``x + conv(x)`` (a positional encoding); a single residual inside the
-branch of another whose own branch ends in no weights (the ``y + D x`` of a state-space mixer); a
+branch of another that is no layer in it (``y + D x`` of a state-space mixer, see `nesting`); a
 value from outside added inside the branch of another (a position bias that all layers share);
 everything in a model whose state is n streams already (`hyper`).
 

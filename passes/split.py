@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.passes.collectives import is_wait, waits_of_starts
 from mhc_compile.passes.estimate import Device, device_of, node_seconds, transfer_seconds
 from mhc_compile.passes.states import COLLAPSE, POST, PRE, SEAM, spec_of
-from mhc_compile.passes.values import meta_of_part, value_of
+from mhc_compile.passes.values import OPERAND_VALUES, meta_of_part, value_of
 
 _ATEN = torch.ops.aten
 
@@ -141,31 +142,36 @@ def _halves(site: Node) -> tuple[Graph, dict[Node, Node]]:
         places[node] = source
         return node
 
-    def call(suffix: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def call(suffix: str, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = graph.create_node("call_function", target, args, kwargs, name=site.name + suffix)
-        operands = torch.fx.node.map_arg(args, value_of)
-        node.meta = {**meta_of_part(site), "val": _computed(target, operands, kwargs)}
+        node.meta = {**meta_of_part(site), "val": value}
+        if OPERAND_VALUES in site.meta:
+            node.meta[OPERAND_VALUES] = (map_arg(args, value_of), kwargs)
         return node
 
     inputs = [read(source) for source in site.all_input_nodes]
     of = dict(zip(site.all_input_nodes, inputs, strict=True))
     spec, n = str(site.args[-1]), spec_of(site).streams
     *state_args, phi, bias, alpha = (of[arg] for arg in site.args[:-1])  # type: ignore[index]
-    state = call("_post", POST, *state_args, spec) if site.target is SEAM else state_args[0]
-    columns = call("_columns", _ATEN.slice.Tensor, phi, 1, 0, n)
+    values = value_of(site)
+    state = state_args[0]
+    if site.target is SEAM:
+        state = call("_post", values[0], POST, *state_args, spec)
+    with value_of(phi).fake_mode:
+        columns = value_of(phi)[:, :n]
+        parts = columns.contiguous(), value_of(bias)[:n], value_of(alpha)[:1]
     own = (
-        call("_phi", _ATEN.clone.default, columns, memory_format=torch.contiguous_format),
-        call("_bias", _ATEN.slice.Tensor, bias, 0, 0, n),
-        call("_alpha", _ATEN.slice.Tensor, alpha, 0, 0, 1),
+        call(
+            "_phi",
+            parts[0],
+            _ATEN.clone.default,
+            call("_columns", columns, _ATEN.slice.Tensor, phi, 1, 0, n),
+            memory_format=torch.contiguous_format,
+        ),
+        call("_bias", parts[1], _ATEN.slice.Tensor, bias, 0, 0, n),
+        call("_alpha", parts[2], _ATEN.slice.Tensor, alpha, 0, 0, 1),
     )
-    u = call("_premix", COLLAPSE, state, *own, "learned", spec)
-    mapped = call("_mappings", PRE, state, phi, bias, alpha, spec)
+    u = call("_premix", values[_first(site)], COLLAPSE, state, *own, "learned", spec)
+    mapped = call("_mappings", values[_first(site) :], PRE, state, phi, bias, alpha, spec)
     graph.output((state, u, mapped))
     return graph, places
-
-
-def _computed(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The result on fake tensors, under their own mode."""
-    mode = next(arg.fake_mode for arg in args if hasattr(arg, "fake_mode"))
-    with mode:
-        return target(*args, **kwargs)

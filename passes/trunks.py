@@ -1,9 +1,9 @@
 """How residual sites chain: which site reads, through what, the sum of which other.
 
 Going up from the origin of a site through what acts on every stream alike (norms, activations,
-scales, layout, added embeddings) leads to the root of the site before, or to something that ends a
-trunk: linear, convolution, pooling, attention, cat, split, slice, any change of size. A projection
-starts a trunk of its own.
+scales, masks, layout, added embeddings) leads to the root of the site before, or to something that
+ends a trunk: linear, convolution, pooling, attention, cat, split, slice, any change of size. A
+projection starts a trunk of its own.
 """
 
 from collections.abc import Container, Sequence
@@ -62,15 +62,11 @@ class RootSearch:
     def __init__(self, index: FlowIndex, roots: Container[Node]) -> None:
         self._index = index
         self._roots = roots
-        # What varies, and what descends from a site: a trunk may start from a constant.
-        self._moving: set[Node] = set()
+        # What descends from a site, which may start from a constant.
+        self._descends: set[Node] = set()
         for node in index.nodes:
-            if (
-                node in roots
-                or index.varies(node)
-                or not self._moving.isdisjoint(index.inputs(node))
-            ):
-                self._moving.add(node)
+            if node in roots or not self._descends.isdisjoint(index.inputs(node)):
+                self._descends.add(node)
 
     def above(self, value: Node) -> Node | None:
         """The root that ``value`` stems from (or is); None if the trunk ends in between."""
@@ -79,7 +75,7 @@ class RootSearch:
         while node not in self._roots:
             if mixes(node) or op_name(node) in _SPLITS:
                 return None
-            inputs = [n for n in index.inputs(node) if n in self._moving]
+            inputs = [n for n in index.inputs(node) if n in self._descends or index.varies(n)]
             if is_tensor(node):
                 whole = [n for n in inputs if not is_tensor(n) or numel(n) == numel(node)]
             else:
@@ -87,7 +83,8 @@ class RootSearch:
             above = min(whole, key=index.position.__getitem__, default=None)
             if above is None:
                 return None
-            beside += [n for n in inputs if n is not above]
+            # A mask or a gate that no site has a part in acts on all streams alike.
+            beside += [n for n in inputs if n is not above and (n in self._descends or n in whole)]
             node = above
         return node if all(self._accompanies(n, node) for n in beside) else None
 

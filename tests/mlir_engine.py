@@ -67,3 +67,24 @@ def run_linalg(
     pointers = [ctypes.pointer(ctypes.pointer(descriptor)) for descriptor in descriptors]
     engine.invoke("main", *pointers)
     return [torch.from_numpy(array) for array in results]
+
+
+def run_iree(module: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The results of ``main`` of a linalg-on-tensors module, compiled and run by IREE on the CPU.
+
+    Args:
+        module: from `mhc_compile.mlir.to_module`; it stays as it is.
+        inputs: its arguments.
+    """
+    import iree.compiler
+    import iree.runtime
+
+    binary = iree.compiler.compile_str(
+        str(module),
+        target_backends=["llvm-cpu"],
+        input_type="none",
+        extra_args=["--iree-llvmcpu-target-cpu=host"],
+    )
+    loaded = iree.runtime.load_vm_flatbuffer(binary, driver="local-sync")
+    results = loaded.main(*(tensor.detach().numpy() for tensor in inputs))
+    return [torch.from_numpy(result.to_host()) for result in results]

@@ -146,7 +146,7 @@ def test_another_configuration_is_refused_and_names_the_way_out() -> None:
     model, x = Net(), example()
     mhc_compile.convert_(model, x)
     before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"'streams': 4.*revert_\(model\)"):
+    with pytest.raises(ConfigError, match=r"with streams=4 and not streams=2: .*revert_\(model\)"):
         mhc_compile.convert_(model, x, config=MHCConfig(streams=2))
     assert_untouched(model, before)
 
@@ -251,6 +251,22 @@ def test_a_failing_forward_leaves_the_model_bit_for_bit_and_shows_its_own_error(
     with pytest.raises(KeyError, match="of the user"):
         mhc_compile.convert_(model, x)
     assert_untouched(model, before)
+
+
+def test_inputs_that_do_not_fit_are_an_error_with_the_line_of_the_user() -> None:
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(
+        UnsupportedGraphError, match=r"Net cannot be traced .* at \w+\.py:\d+: .*First"
+    ):
+        mhc_compile.convert_(model, torch.randn(2, 3, WIDTH + 1))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("call", [mhc_compile.explain, mhc_compile.convert_])
+def test_a_function_is_refused(call: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedGraphError, match=r"a function is no torch\.nn\.Module"):
+        call(lambda x: x + torch.tanh(x), example())
 
 
 def test_an_owner_with_its_own_mhc_attribute_is_refused_untouched() -> None:

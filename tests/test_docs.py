@@ -48,3 +48,11 @@ def test_pictures_are_those_that_the_code_draws(name: str) -> None:
 
     for file, svg in draw(name).items():
         assert (IMAGES / file).read_text() == svg, "make pictures"
+
+
+def test_the_numbers_of_the_page_on_scale_are_those_that_are_computed() -> None:
+    from docs.scale_numbers import PAGE, page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text
+    assert "| 27B, width 2560 | 60 |" in text

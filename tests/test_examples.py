@@ -107,3 +107,36 @@ def test_training_compares_three_models_that_start_alike_and_learn() -> None:
     assert mhc["backward_gain"] == pytest.approx(1, abs=1e-2)
     assert abs(hyper["forward_gain"] - 1) > 0.01
     assert mhc["spread"] > 1e-5
+
+
+@installed
+@pytest.mark.slow
+def test_layouts_train_alike_and_resume_from_each_other(tmp_path: Path) -> None:
+    flags = ("train_distributed.py", "--inner=aot_eager", "--layers=2")
+    whole = _losses(_torchrun(1, *flags, "--steps=4"))
+    saved = str(tmp_path / "checkpoint")
+    before = _torchrun(2, *flags, "--steps=2", "--pp=2", f"--checkpoint={saved}")
+    after = _torchrun(2, *flags, "--steps=2", "--first=2", "--tp=2", f"--resume={saved}")
+    assert "2 stages, 1024 bytes a token" in before  # 4 streams of 64 channels in float32
+    assert _losses(before + after) == pytest.approx(whole, abs=1e-5)
+    assert whole[-1] < whole[0] - 0.5
+
+
+def _torchrun(processes: int, *arguments: str) -> str:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            f"--nproc-per-node={processes}",
+            *(str(EXAMPLES / arguments[0]), *arguments[1:]),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    return done.stdout
+
+
+def _losses(out: str) -> list[float]:
+    return [float(line.split()[-1]) for line in out.splitlines() if line.startswith("step ")]

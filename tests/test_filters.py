@@ -35,6 +35,16 @@ def test_include_and_exclude_choose_sites_by_name() -> None:
     assert distance(compiled(model)(x), expected(x)) > 1e-3
 
 
+def test_a_pattern_that_matches_no_site_is_noted() -> None:
+    config = MHCConfig(include=("blocks.*", "block.2*"), exclude=("form:scaled skip",))
+    report = mhc_compile.explain(Net(3), example(), config=config)
+    assert [note.split(" matches none")[0] for note in report.notes] == [
+        "include: 'block.2*'",
+        "exclude: 'form:scaled skip'",
+    ]
+    assert not mhc_compile.explain(Net(3), example()).notes
+
+
 def test_patterns_of_forms_and_traits_choose_sites_too() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

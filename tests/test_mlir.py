@@ -86,3 +86,17 @@ def test_linalg_runs_without_torch_and_agrees_with_eager(constraint: str) -> Non
     module = to_module(graph, dialect="linalg", custom="decompose")
     for found, eager in zip(run_linalg(module, inputs, expected), expected, strict=True):
         assert_close(found, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("constraint", ["sinkhorn", "permutations"])
+def test_another_compiler_of_linalg_agrees_with_eager(constraint: str) -> None:
+    pytest.importorskip("torch_mlir")
+    pytest.importorskip("iree.compiler")
+    from tests.mlir_engine import run_iree
+
+    graph, inputs = _block(constraint=constraint)
+    expected = [t.detach() for t in graph(*inputs)]
+    module = to_module(graph, dialect="linalg", custom="decompose")
+    for found, eager in zip(run_iree(module, inputs), expected, strict=True):
+        assert_close(found, eager, rtol=1e-5, atol=1e-5)

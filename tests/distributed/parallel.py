@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from mhc_compile.distributed import all_reduce_gradients_
+from mhc_compile.distributed import all_reduce_gradients_, replicate_parameters_
 from tests.distributed.models import (
     RATE,
     STEPS,
@@ -117,20 +117,25 @@ def fsdp(rank: int) -> dict[str, Distance]:
     return {str(whole): _train(fsdp_job(whole=whole)).distance(expected) for whole in (True, False)}
 
 
-def _plan(*, sequence: bool) -> dict[str, ParallelStyle]:
-    """Products split by columns, then by rows; with ``sequence`` the trunk split by tokens."""
+def _plan(*, sequence: bool, local: bool = True) -> dict[str, ParallelStyle]:
+    """Products split by columns, then by rows; with ``sequence`` the trunk split by tokens.
+
+    ``local`` says whether the trunk is made of plain tensors, or of DTensors.
+    """
     inside = Shard(1) if sequence else Replicate()
     plan: dict[str, ParallelStyle] = {
         f"layers.*.{name}": ColwiseParallel()
         for name in ("attention.q", "attention.k", "attention.v", "mlp.up")
     }
     for name in ("attention.out", "mlp.down"):
-        plan[f"layers.*.{name}"] = RowwiseParallel(output_layouts=inside)
+        plan[f"layers.*.{name}"] = RowwiseParallel(output_layouts=inside, use_local_output=local)
     if sequence:
         gather = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
         plan |= {f"layers.*.{name}": gather for name in ("attention", "mlp")}
         plan |= {f"layers.*.{name}": SequenceParallel() for name in ("norm1", "norm2")}
-        plan["embed"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+        plan["embed"] = RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=local
+        )
         plan["norm"] = SequenceParallel()
         plan["head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
     return plan
@@ -151,6 +156,15 @@ def sequence_parallel(rank: int, summed: bool = True) -> Distance:
     parallelize_module(model, mesh, _plan(sequence=True))
     job = Job(model, compiled(model, "aot_eager"), sequence=mesh if summed else None)
     return _train(job).distance(expected)
+
+
+def dtensor_trunk(rank: int) -> Distance:
+    """The trunk and the mhc parameters are DTensors: DTensor sums the gradients by itself."""
+    del rank
+    expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
+    parallelize_module(model, mesh, _plan(sequence=True, local=False))
+    replicate_parameters_(model, mesh)
+    return _train(Job(model, compiled(model, "aot_eager"))).distance(expected)
 
 
 def two_dimensional_job() -> Job:

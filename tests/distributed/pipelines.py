@@ -27,7 +27,7 @@ from tests.distributed.models import (
 )
 from tests.nets import compiled
 
-LAYERS = MICROBATCHES = 4
+MICROBATCHES = 4
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
@@ -45,13 +45,13 @@ def _held(schedule: str, rank: int, world: int) -> list[int]:
 
 def train(rank: int, schedule: str, compiled_stages: bool = False) -> dict[str, float]:
     """Train a pipeline of two ranks; how far it is from one process."""
-    model = fresh(LAYERS)
+    world = dist.get_world_size()
+    held = _held(schedule, rank, world)
+    count = world * len(held)
+    model = fresh(count)  # a layer for each stage
     expected = train_alone(model, compiled(model, "eager"))
     torch.compiler.reset()
-    model, world = fresh(LAYERS), dist.get_world_size()
-    microbatch = batch(0)[0].chunk(MICROBATCHES)[0]
-    held = _held(schedule, rank, world)
-    split = split_stages(model, microbatch, stages=world * len(held))
+    split = split_stages(fresh(count), batch(0)[0].chunk(MICROBATCHES)[0], stages=count)
     parts = [split.stages[number] for number in held]
     if compiled_stages:
         # Schedules with a V go through the backward of a stage twice: what it keeps must last.

@@ -23,9 +23,10 @@ def _assert_alike(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("world", "scenario"),
     [
-        (2, parallel.ddp),
         (2, parallel.sequence_parallel),
+        pytest.param(2, parallel.ddp, marks=pytest.mark.slow),
         pytest.param(2, parallel.tensor_parallel, marks=pytest.mark.slow),
+        pytest.param(2, parallel.dtensor_trunk, marks=pytest.mark.slow),
         pytest.param(2, parallel.fsdp, marks=pytest.mark.slow),
         pytest.param(4, parallel.tensor_parallel_and_fsdp, marks=pytest.mark.slow),
     ],

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mhc_compile
 from mhc_compile import NotCompiledError, UnsupportedGraphError
+from mhc_compile.distributed import replicate_parameters_
 from tests.nets import Net, assert_same, compile_blocks_, compiled, converted, example, run
 
 
@@ -95,3 +97,42 @@ def test_what_comes_before_a_collective_that_is_on_its_way_is_trained() -> None:
     with stem.register_forward_hook(send):
         found = run(model, model, x)
     assert_same(found, expected)
+
+
+def _distribute_(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Make DTensors of all parameters but those of the sites."""
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
+            distribute_module(module, mesh)
+
+
+def test_a_trunk_of_dtensors_computes_the_same_and_wants_parameters_of_its_kind() -> None:
+    x, mesh = example(), init_device_mesh("cpu", (1,))
+    model = converted(Net(), x)
+    expected = compiled(model, "aot_eager")(x).detach()
+    _distribute_(model, mesh)
+    sharded = distribute_tensor(x, mesh, [Shard(0)])
+    with pytest.raises(UnsupportedGraphError, match=r"is a DTensor, .*replicate_parameters_"):
+        compiled(model, "aot_eager")(sharded)
+    replicate_parameters_(model, mesh)
+    found = compiled(model, "aot_eager")(sharded)
+    assert found.placements == (Shard(0),)
+    assert torch.equal(found.full_tensor(), expected)
+
+
+def test_a_trunk_of_plain_tensors_wants_plain_parameters() -> None:
+    x = example()
+    model = converted(Net(), x)
+    replicate_parameters_(model, init_device_mesh("cpu", (1,)))
+    with pytest.raises(UnsupportedGraphError, match=r"is a plain tensor, .*are DTensors"):
+        compiled(model, "aot_eager")(x)
+
+
+def test_streams_are_not_carried_by_dtensors() -> None:
+    x, mesh = example(), init_device_mesh("cpu", (1,))
+    model = converted(Net(), x)
+    _distribute_(model, mesh)
+    replicate_parameters_(model, mesh)
+    compile_blocks_(model.get_submodule("blocks"), "aot_eager")
+    with pytest.raises(UnsupportedGraphError, match="as a DTensor, which cannot carry"):
+        model(distribute_tensor(x, mesh, [Shard(0)]))

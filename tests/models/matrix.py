@@ -45,6 +45,8 @@ class Row:
     train_error: float | None = None
     gradient_error: float | None = None
     repeats: bool | None = None
+    rounding: list[float] | None = None
+    """Errors against float64 of the gradients, plain and converted, see `Trial.rounding`."""
     losses: list[float] = field(default_factory=list)
     in_train_mode: int | None = None
     """Sites rewritten in train mode, where the conversion of eval mode was refused there."""
@@ -78,6 +80,7 @@ def _fill(row: Row, trial: Trial) -> None:
     row.refusal, row.losses = _without_folders(trial.refusal), trial.losses
     if trial.train_report is not None:
         row.in_train_mode = len(trial.train_report.converted)
+    row.rounding = list(trial.rounding) if trial.rounding is not None else None
     if trial.comparison is not None:
         row.dtype, row.repeats = trial.comparison.dtype, trial.comparison.repeats
         row.train_error = max(trial.comparison.outputs, trial.comparison.buffers)
@@ -180,6 +183,12 @@ def _remark(row: Row) -> str:
         )
     elif row.refusal:
         parts.append(f"refused: {row.refusal}")
+    if row.rounding is not None:
+        plain, ours = row.rounding
+        parts.append(
+            f"it casts to float32 by itself; against gradients in float64 throughout the plain "
+            f"model is off by {plain:.1e}, the converted one by {ours:.1e}"
+        )
     if row.exception:
         parts.append(f"**exception** {row.exception}")
     return "; ".join(parts).replace("\n", " ")

@@ -8,9 +8,10 @@ computes one function.
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -74,6 +75,9 @@ class Trial:
     """Why it was refused."""
     comparison: Comparison | None = None
     """In float32, or in float64 for a model that amplifies rounding beyond the bounds."""
+    rounding: tuple[float, float] | None = None
+    """Where it casts to float32 by itself and amplifies rounding beyond the bounds: how far the
+    float32 gradients of the plain and of the converted model are from exact ones."""
     losses: list[float] = field(default_factory=list)
     """Before each of the optimizer steps, and after the last."""
 
@@ -124,14 +128,16 @@ def run_trial(name: str, tell: Callable[[Trial], None] = lambda trial: None) -> 
         with contextlib.suppress(RuntimeError):
             double = convert(name, train=by_mode, double=True)
             trial.comparison = _compare(name, double, double=True)
+    if not trial.comparison.within_bounds:
+        trial.rounding = _rounding(name, trial)
     optimizer = torch.optim.AdamW(trial.model.parameters(), lr=RATE)
     trial.losses = train(trial.call, trial.inputs, optimizer, STEPS)
     return trial
 
 
 def plain_losses(name: str) -> list[float]:
-    """What the same training makes of the plain model."""
-    plain, inputs = _build(name)
+    """What the same training, in train mode as well, makes of the plain model."""
+    plain, inputs = _build(name, train=True)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE)
     return train(plain, inputs, optimizer, STEPS)
 
@@ -185,6 +191,8 @@ def _build(name: str, *, train: bool = False, double: bool = False) -> tuple[nn.
     disable_dropout(model.train(train))
     if double:
         model.double()
+        if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
+            model.set_experts_implementation("batched_mm")  # torch.grouped_mm has no float64
         inputs = pytree.tree_map_only(torch.Tensor, _to_double, inputs)
     return model, inputs
 
@@ -213,6 +221,40 @@ def _compare(name: str, trial: Trial, *, double: bool = False) -> Comparison:
         worst=worst,
         repeats=all(torch.equal(gradient, second[key]) for key, gradient in first.items()),
     )
+
+
+def _rounding(name: str, trial: Trial) -> tuple[float, float]:
+    """Errors of the plain and of the converted model's gradients against all-float64 ones."""
+    plain, inputs = _build(name, train=True)
+    _, rounded = _differentiate(plain, plain, inputs)
+    _, ours = _differentiate(trial.call, trial.model.train(), trial.inputs)
+    with _all_in_double():
+        model, inputs = _build(name, train=True, double=True)
+        _, exact = _differentiate(model, model, inputs)
+    return _relative_error(exact, rounded)[0], _relative_error(exact, ours)[0]
+
+
+@contextlib.contextmanager
+def _all_in_double() -> Iterator[None]:
+    """Make casts to float32 casts to float64."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def wider(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    def cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs = {key: wider(value) for key, value in kwargs.items()}
+        return to(self, *map(wider, args), **kwargs)
+
+    def wide_softmax(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+        return softmax(*args, dtype=wider(dtype), **kwargs)
+
+    with (
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(torch.Tensor, "to", cast),
+        mock.patch.object(torch.nn.functional, "softmax", wide_softmax),
+    ):
+        yield
 
 
 def _differentiate(call: Call, model: nn.Module, inputs: Inputs) -> tuple[Tensors, Tensors]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.models import (  # noqa: F401
     zoo_diffusers,
+    zoo_held_out,
     zoo_later_perception,
     zoo_later_text,
     zoo_perception,

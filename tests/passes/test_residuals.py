@@ -386,12 +386,14 @@ def test_single_layer_inside_a_branch_is_kept_and_marked():
     assert found.trunks == ((0,), (1,))
 
 
-def test_queries_added_to_what_an_attention_makes_of_them_are_part_of_the_branch():
+@pytest.mark.parametrize("projected", [False, True])
+def test_queries_added_to_what_an_attention_makes_of_them_are_part_of_the_branch(projected):
     b = Builder()
     x = b.input(*SHAPE)
     query, key, value = (b.linear(x) for _ in range(3))
     scores = b.call(torch.matmul, query, b.method("transpose", key, 1, 2))
     pooled = b.call(torch.matmul, b.call(torch.softmax, scores, -1), value)
+    pooled = b.linear(pooled) if projected else pooled
     inner = b.call(operator.add, pooled, query)
     root = b.call(operator.add, x, b.linear(inner))
     found = find_residuals(b.output(root))

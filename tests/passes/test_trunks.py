@@ -161,3 +161,21 @@ def test_branch_nodes_are_those_between_origin_and_branch():
     graph = b.output(b.call(operator.add, x, f), b.call(torch.sin, x))
     (site,) = find_residuals(graph).sites
     assert branch_nodes(FlowIndex(graph), site) == (query, f)
+
+
+def test_a_mask_that_no_site_has_a_part_in_stays_on_the_trunk():
+    b = Builder()
+    x, mask = b.input(*SHAPE), b.input(2, 6, 1)
+    masked = b.call(operator.mul, residual(b, x), mask)
+    found = find_residuals(b.output(residual(b, masked)))
+    assert found.trunks == ((0, 1),)
+    assert found.links[1].region == (masked,)
+
+
+def test_a_gate_that_another_trunk_makes_ends_a_trunk():
+    b = Builder()
+    other = residual(b, b.input(*SHAPE))
+    gate = b.method("mean", other, -1, keepdim=True)
+    gated = b.call(operator.mul, residual(b, b.input(*SHAPE)), gate)
+    found = find_residuals(b.output(residual(b, gated)))
+    assert [len(trunk) for trunk in found.trunks] == [1, 1, 1]
