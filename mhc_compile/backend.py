@@ -172,8 +172,7 @@ def _lowering(
 
     names = " ".join(name for name, _ in lowered)
     files = tuple(map(str, sorted(_PASSES.glob("*.py"))))
-    # Streams and events are numbers in the graph, and mean objects of this process.
-    return Lowering(run, names, files, cacheable=not side_stream)
+    return Lowering(run, names, files, side_stream)
 
 
 def _lower(

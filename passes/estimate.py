@@ -42,6 +42,8 @@ class Device:
     """Bytes per second that its memory reads and writes."""
     launch: float
     """Seconds that any operation takes at least."""
+    op_launch: float
+    """The same for an mhc op, which torch dispatches through Python."""
     link_latency: float
     """Seconds that any collective takes at least."""
     link_bandwidth: float
@@ -50,12 +52,13 @@ class Device:
 
 CPU = Device(
     name="one core of a server CPU, over Ethernet",
-    # Measured by `python -m benchmarks.overhead` and a copy of 64 MiB, on the machine that
-    # docs/performance.md names; one thread.
+    # Measured on the machine that docs/performance.md names, one thread: products of 1024 x 1024,
+    # a copy of 64 MiB, an addition of 4 numbers and a pre-mix of one token.
     single_flops=85e9,
     half_flops=190e9,
     bandwidth=26e9,
     launch=1.5e-6,
+    op_launch=45e-6,
     # Assumptions: TCP between two hosts, 10 Gbit/s.
     link_latency=100e-6,
     link_bandwidth=1.25e9,
@@ -68,8 +71,9 @@ H100 = Device(
     half_flops=989e12,
     bandwidth=3.35e12,
     link_bandwidth=450e9,
-    # Assumptions.
+    # Assumptions; the host runs ahead of the device.
     launch=4e-6,
+    op_launch=4e-6,
     link_latency=15e-6,
 )
 
@@ -110,7 +114,8 @@ def node_seconds(node: Node, device: Device) -> float:
     first, *_ = tensors(value_of(node))  # statistics behind it are float32 whatever it is
     is_half = first.dtype.itemsize <= 2 and not _is_mhc(node)
     rate = device.half_flops if is_half else device.single_flops
-    return device.launch + max(node_flops(node) / rate, node_bytes(node) / device.bandwidth)
+    launch = device.op_launch if _is_mhc(node) else device.launch
+    return launch + max(node_flops(node) / rate, node_bytes(node) / device.bandwidth)
 
 
 def transfer_seconds(node: Node, device: Device) -> float:

@@ -18,14 +18,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.schedule import dependences, reorder, stable_order
-from mhc_compile.passes.values import value_of
+from mhc_compile.passes.values import OPERAND_VALUES, value_of
 
 _PRE_BACKWARD = torch.ops.mhc.pre_backward.default
 _ADD = torch.ops.aten.add.Tensor
 _ARGUMENTS = 9
 """Of a pre_backward that adds nothing yet."""
-_EAGER = "eager_input_vals"
-"""Where Inductor looks up the strides that arguments of a custom op have to have."""
 
 
 def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
@@ -53,9 +51,9 @@ def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) ->
     reorder(gm.graph, stable_order(nodes, before))
     for call, own, total, more in sums:
         call.args = (*call.args, more)
-        if _EAGER in call.meta:
-            values, named = call.meta[_EAGER]
-            call.meta[_EAGER] = ((*values, value_of(more)), named)
+        if OPERAND_VALUES in call.meta:
+            values, named = call.meta[OPERAND_VALUES]
+            call.meta[OPERAND_VALUES] = ((*values, value_of(more)), named)
         total.replace_all_uses_with(own)
         gm.graph.erase_node(total)
     return PassResult(gm, True)

@@ -5,8 +5,8 @@
 AOTAutograd puts the wait of a collective right behind its start. Here the nodes of a forward or
 backward graph are put in another order, and nothing else: a collective starts as soon as its
 operands are there, then comes what it did not need, and the wait when nothing else is left to do.
-In a site whose branch ends in an all-reduce that is the site's own work: H_res and ``H_res X``
-forward, the gradients of the skip backward.
+Where a branch ends in an all-reduce that is, forward, the mappings of its site (`split`), and in
+the backward the gradients of weights and what recomputation makes again.
 
 Paper: arXiv 2512.24880, section 4.3.3.
 """

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.passes.collectives import is_wait, waits_of_starts
 from mhc_compile.passes.estimate import Device, device_of, node_seconds, transfer_seconds
 from mhc_compile.passes.states import COLLAPSE, POST, PRE, SEAM, spec_of
-from mhc_compile.passes.values import meta_of_part, value_of
+from mhc_compile.passes.values import OPERAND_VALUES, meta_of_part, value_of
 
 _ATEN = torch.ops.aten
 
@@ -144,6 +145,8 @@ def _halves(site: Node) -> tuple[Graph, dict[Node, Node]]:
     def call(suffix: str, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = graph.create_node("call_function", target, args, kwargs, name=site.name + suffix)
         node.meta = {**meta_of_part(site), "val": value}
+        if OPERAND_VALUES in site.meta:
+            node.meta[OPERAND_VALUES] = (map_arg(args, value_of), kwargs)
         return node
 
     inputs = [read(source) for source in site.all_input_nodes]

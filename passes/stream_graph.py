@@ -7,12 +7,11 @@ and the wait for a collective, whose result is the tensor that the collective wr
 import operator
 from collections.abc import Iterable, Mapping
 
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from mhc_compile.passes.aliases import written_values
 from mhc_compile.passes.collectives import is_collective, is_wait, tensors
-from mhc_compile.passes.estimate import is_free
+from mhc_compile.passes.estimate import is_free, shows_operand
 from mhc_compile.passes.opnames import first_input
 from mhc_compile.passes.stream_program import MAIN, Free, Launch, Step
 from mhc_compile.passes.values import value_of
@@ -122,13 +121,8 @@ def _storages(node: Node, found: Mapping[Node, tuple[str, ...]]) -> tuple[str, .
         return (part,) if part in own else own
     if written := written_values(node):
         return tuple(dict.fromkeys(name for value in written for name in found[value]))
-    if node.op.startswith("call_") and (is_free(node) or _is_view(node)):
-        source_node = first_input(node)
-        return found[source_node] if source_node is not None else ()
+    if shows_operand(node):
+        return found[node.all_input_nodes[0]]
     if isinstance(value, tuple | list):
         return tuple(f"{node.name}.{i}" for i, part in enumerate(value) if tensors(part))
     return (node.name,)
-
-
-def _is_view(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.is_view

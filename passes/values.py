@@ -16,7 +16,10 @@ from torch.fx import Node
 RECOMPUTE, REGION = "recompute", "ac_graph_id"
 """Metadata of ``torch.utils.checkpoint``: what the backward does with a value, and the number of
 the region that is made again as a whole. AOTAutograd's partitioner obeys them."""
-VALUE_KEYS = ("example_value", "val", "tensor_meta", "eager_input_vals")
+OPERAND_VALUES = "eager_input_vals"
+"""Metadata in which Inductor looks up the strides that arguments of a custom op have to have:
+(positional, named), with the values of nodes in their place."""
+VALUE_KEYS = ("example_value", "val", "tensor_meta", OPERAND_VALUES)
 """Metadata that describes a node's value or its operands', and so does not fit another node."""
 
 # "  File "model.py", line 12, in forward": one frame of a node's stack trace.

@@ -87,7 +87,7 @@ def overlapped_step(rank: int, recompute: str) -> dict[str, Any]:
         "equal": whether they gave the same bits; "moved": for every collective how many operations
         run in its window, before and after; "passes": which changed a graph.
     """
-    x = torch.randn(2, 256, 32, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 512, 64, generator=torch.Generator().manual_seed(1))
     net = parallel_stack(init_device_mesh("cpu", (2,)), x, depth=2)
     plain = compiled(net, "aot_eager", overlap="off", recompute=recompute)
     expected = run(plain, net, x)

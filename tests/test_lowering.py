@@ -18,7 +18,7 @@ from mhc_compile import _torch_private as private
 from mhc_compile.dump import write_dump
 from mhc_compile.passes.overlap import Window
 from mhc_compile.recorder import Recorder
-from tests.nets import Net, compiled, converted, example, run
+from tests.nets import Net, compiled, converted, distance, example, run
 from tests.tensor_parallel import parallel_stack, recorded, same_bits
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
@@ -98,23 +98,28 @@ def test_a_graph_without_collectives_has_no_window() -> None:
 
 @pytest.mark.slow
 def test_inductor_keeps_the_order_and_its_settings() -> None:
-    """Between the start and the wait of the last site's backward lie the products for weights."""
-    net = model()
-
-    def train() -> None:
-        compiled(net, "inductor")(X).sum().backward()
-
+    x = torch.randn(2, 512, 64)  # large enough for a split to pay
+    net = parallel_stack(init_device_mesh("cpu", (2,)), x, depth=2)
+    expected = run(compiled(net, "aot_eager"), net, x)
+    torch.compiler.reset()
     assert inductor.reorder_for_peak_memory
     with inductor.patch(force_disable_caches=True):
-        _, code = run_and_get_code(train)
+        found, code = run_and_get_code(lambda: run(compiled(net, "inductor"), net, x))
     assert inductor.reorder_for_peak_memory
     assert inductor.post_grad_custom_post_pass is None
+    assert distance(found[0], expected[0]) < 1e-6
     backward = next(text for text in code if "post_backward" in text)
-    body = backward[backward.index("def call(") :]
+    forward = next(text for text in code if text is not backward)
+    assert "torch.ops.mhc.pre.default(" in window(forward)  # the mappings of the first site
+    assert window(backward).count("extern_kernels.mm(") >= 2  # gradients of weights
+    assert "torch.ops.mhc.pre.default(" in window(backward)  # what the next block makes again
+
+
+def window(code: str) -> str:
+    """What stands between the first collective and its wait in Inductor's code."""
+    body = code[code.index("def call(") :]
     first = body.index("all_reduce_.default")
-    window = body[first : body.index("wait_tensor.default", first)]
-    assert window.count("extern_kernels.mm(") >= 2
-    assert "torch.ops.mhc.pre.default(" in window  # what the next block makes again
+    return body[first : body.index("wait_tensor.default", first)]
 
 
 @pytest.mark.slow

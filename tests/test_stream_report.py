@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mhc_compile import ConfigError, MHCConfig, cli
+from mhc_compile._torch_private import compile_inductor
 from mhc_compile.backend import _lowering
 from mhc_compile.convert import is_converted
 from mhc_compile.errors import MHCWarning
@@ -105,7 +106,25 @@ def test_a_side_stream_is_for_inductor_alone_and_off_by_default(inner: Any, runs
     lowering = _lowering(MHCConfig(inner=inner, side_stream=True), None, None)
     assert lowering is not None
     assert ("lower_streams_pass" in lowering.key) == runs
-    assert lowering.cacheable != runs
+    assert lowering.side_stream == runs
+
+
+def test_inductor_neither_caches_code_with_streams_nor_reuses_its_buffers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patches: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx",
+        lambda gm, inputs, config_patches: patches.append(config_patches),
+    )
+    for side_stream in (False, True):
+        lowering = _lowering(MHCConfig(side_stream=side_stream), None, None)
+        compile_inductor(torch.fx.symbolic_trace(torch.nn.ReLU()), (), None, lowering)
+    without, with_streams = patches
+    assert "allow_buffer_reuse" not in without
+    assert with_streams["allow_buffer_reuse"] is False
+    assert without["post_grad_custom_post_pass"][-1].uuid() is not None
+    assert with_streams["post_grad_custom_post_pass"][-1].uuid() is None
 
 
 def test_one_connection_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

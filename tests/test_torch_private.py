@@ -1,6 +1,7 @@
 """Each private or undocumented part of torch that we rely on exists and behaves as we use it."""
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from mhc_compile import ConfigError, UnsupportedGraphError
 from mhc_compile import _torch_private as private
+from mhc_compile._torch_private import lowering, streams
 from mhc_compile.passes.owners import module_calls
 from tests.nets import WIDTH, Block, Net, example
 
@@ -297,8 +299,8 @@ def test_inductor_has_a_place_for_passes_of_others_and_a_key_for_them() -> None:
 
     assert custom_graph_pass.get_custom_graph_passes(config.post_grad_custom_post_pass) == ()
     assert config.reorder_for_peak_memory
-    key = private._last_pass(private.Lowering(lambda phase, gm: False, "key", (__file__,))).uuid()
-    other = private._last_pass(private.Lowering(lambda phase, gm: False, "2", (__file__,))).uuid()
+    key = lowering._last_pass(private.Lowering(lambda phase, gm: False, "key", (__file__,))).uuid()
+    other = lowering._last_pass(private.Lowering(lambda phase, gm: False, "2", (__file__,))).uuid()
     assert key != other
     assert not private.schedules_collectives()
     with config.patch(reorder_for_compute_comm_overlap=True):
@@ -433,4 +435,20 @@ def test_torch_has_the_operators_for_streams_and_a_place_for_the_current_one() -
 
 def test_there_is_one_side_stream_for_each_device() -> None:
     device = torch.device("cpu")
-    assert private._side_stream(device) is private._side_stream(device)
+    assert streams._side_stream(device) is streams._side_stream(device)
+
+
+def test_graph_breaks_are_noted_and_what_the_user_logs_stays_the_same() -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return x * 2
+
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    with private.watch_breaks() as breaks:
+        torch.compile(Breaks(), backend="eager")(example())
+    line = Breaks.forward.__code__.co_firstlineno + 1
+    assert [entry.source for entry in breaks] == [f"test_torch_private.py:{line}"]
+    assert "User-inserted graph break" in breaks[0].reason
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before

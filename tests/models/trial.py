@@ -136,8 +136,8 @@ def run_trial(name: str, tell: Callable[[Trial], None] = lambda trial: None) -> 
 
 
 def plain_losses(name: str) -> list[float]:
-    """What the same training makes of the plain model."""
-    plain, inputs = _build(name)
+    """What the same training, in train mode as well, makes of the plain model."""
+    plain, inputs = _build(name, train=True)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE)
     return train(plain, inputs, optimizer, STEPS)
 

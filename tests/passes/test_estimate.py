@@ -161,6 +161,13 @@ def test_a_backward_that_adds_another_gradient_counts_like_one_that_does_not() -
     assert node_flops(one) == node_flops(other) > 0
 
 
+def test_an_mhc_op_has_a_launch_of_its_own() -> None:
+    gm = make_fx(lambda x: OPS.expand(x + 1, 2, -1))(torch.ones(1))
+    device = replace(CPU, launch=1.0, op_launch=2.0)
+    assert int(node_seconds(only(gm, OPS.expand.default), device)) == 2
+    assert int(node_seconds(only(gm, ATEN.add.Tensor), device)) == 1
+
+
 def test_a_static_site_projects_nothing() -> None:
     text = SiteSpec(streams=2, dynamic=False).encode()
     gm = make_fx(lambda X, b: OPS.pre(X, None, b, None, text))(torch.ones(3, 2, 5), torch.ones(8))

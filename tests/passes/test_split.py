@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch.distributed import _functional_collectives as funcol
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_compile.kernels.init import initial_parameters
@@ -20,9 +21,10 @@ from mhc_compile.passes.estimate import CPU, H100
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.overlap import overlap_collectives_pass
 from mhc_compile.passes.split import split_sites_pass
+from mhc_compile.passes.values import OPERAND_VALUES, value_of
 
 OPS = torch.ops.mhc
-EAGER_TO_SPLIT = replace(CPU, launch=0.0, single_flops=1e9, link_latency=1.0)
+EAGER_TO_SPLIT = replace(CPU, launch=0.0, op_launch=0.0, single_flops=1e9, link_latency=1.0)
 """Work takes its flops, and any collective longer."""
 
 
@@ -166,13 +168,13 @@ def test_halves_say_where_they_come_from_and_what_they_compute() -> None:
     for node in gm.graph.nodes:
         if op_name(node) in WHOLE:
             node.meta["custom"] = {"mhc": node.name}
-            node.meta["eager_input_vals"] = (node.args, {})  # Inductor holds its arguments to them
+            node.meta[OPERAND_VALUES] = (map_arg(node.args, value_of), {})
     assert split(gm)
     made = {n.name: n for n in gm.graph.nodes if "_premix" in n.name or "_mappings" in n.name}
     assert sorted(made) == ["pre_mappings", "pre_premix", "seam_mappings", "seam_premix"]
     for name, node in made.items():
         assert node.meta["custom"] == {"mhc": name.partition("_")[0]}
-        assert "eager_input_vals" not in node.meta
+        assert node.meta[OPERAND_VALUES] == (map_arg(node.args, value_of), {})
     assert made["seam_premix"].meta["val"].shape == (64, 32)
 
 

@@ -9,13 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.fx import GraphModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_compile import MHCConfig
 from mhc_compile.inspection import lowered_graphs
 from mhc_compile.passes.estimate import H100
 from mhc_compile.passes.happens_before import find_races
 from mhc_compile.passes.opnames import op_name
+from mhc_compile.passes.schedule import dependences
+from mhc_compile.passes.simulate import LINK
 from mhc_compile.passes.stream_branches import side_kernels
 from mhc_compile.passes.stream_graph import launches, steps_of, storages
 from mhc_compile.passes.stream_order import deferred_order
@@ -23,6 +28,7 @@ from mhc_compile.passes.stream_program import Launch, Wait, synchronize
 from mhc_compile.passes.streams import PLAN, STREAM, StreamPlan, assign_streams_pass, plan_streams
 from tests.models.zoo import build
 from tests.passes.stream_oracle import assert_sound, mutants, sanitizer_errors
+from tests.tensor_parallel import parallel_stack
 
 WIDTH, HEADS = 8, 2
 SHAPE = (2, 6, WIDTH)
@@ -364,6 +370,40 @@ def test_random_assignments_of_three_streams_are_sound(graphs: dict[str, GraphMo
         for step, mutant in rng.sample(list(mutants(program)), 25):
             assert find_races(mutant), step
             assert sanitizer_errors(mutant), step
+
+
+@pytest.fixture(scope="module")
+def parallel() -> dict[str, GraphModule]:
+    """Graphs of a tensor parallel plan: all-reduces forward and backward."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        x = torch.randn(2, 6, 16)
+        _, graphs = lowered_graphs(parallel_stack(init_device_mesh("cpu", (2,)), x), x)
+        return {graph.phase: graph.gm for graph in graphs}
+    finally:
+        dist.destroy_process_group()
+
+
+def test_collectives_run_on_the_link_and_their_waits_on_the_main_stream(
+    parallel: dict[str, GraphModule],
+) -> None:
+    for gm in parallel.values():
+        plan = plan_streams(gm.graph, SLOW)
+        assert_sound(plan.program)
+        links = [step for step in plan.program if isinstance(step, Launch) and step.link]
+        assert {step.link for step in links} == {"start", "wait"}
+        assert {step.stream for step in links} == {0}
+        assert plan.two.busy(LINK) == plan.one.busy(LINK) > 0
+
+
+def test_no_node_moves_before_what_it_has_to_come_after(parallel: dict[str, GraphModule]) -> None:
+    for gm in parallel.values():
+        nodes = list(gm.graph.nodes)
+        before = dependences(nodes)
+        order = deferred_order(gm.graph, side_kernels(gm.graph))
+        position = {node: number for number, node in enumerate(order)}
+        assert sorted(order) == nodes
+        assert all(position[b] < position[node] for node in nodes for b in before[node])
 
 
 @pytest.mark.parametrize("recompute", ["off", "auto"])

@@ -242,6 +242,25 @@ ON_TRUNK = {
 }
 
 
+def test_a_skip_that_is_a_slice_starts_new_streams_and_the_trunk_behind_it_goes_on():
+    def forward(m, x):
+        x = x + m.f(x)
+        first = x[:, :1] + m.g(x.flip(1).cumsum(1))[:, :1]  # reads all tokens, adds to the first
+        return (torch.cat([first + m.h(first), x[:, 1:]], 1),)
+
+    t, plan = preserved(forward)
+    assert [site.site.form for site in plan.sites] == ["identity", "slice", "identity"]
+    assert [len(trunk) for trunk in plan.trunks] == [1, 2]
+    assert counts(t) == (2, 3, 3, 2)
+
+
+@pytest.mark.parametrize("trace", [traced, exported])
+def test_a_residual_around_a_slice_mixes_the_streams_of_that_slice(trace):
+    t, plan = preserved(lambda m, x: (x[:, 1:] + m.f(x[:, 1:]),), trace=trace)
+    assert [site.site.form for site in plan.sites] == ["identity"]
+    assert counts(t) == (1, 1, 1, 1)
+
+
 @pytest.mark.parametrize("operation", ON_TRUNK.values(), ids=ON_TRUNK)
 def test_an_operation_on_the_trunk_acts_on_the_streams(operation):
     def forward(m, x):
@@ -252,6 +271,16 @@ def test_an_operation_on_the_trunk_acts_on_the_streams(operation):
     t, plan = preserved(forward)
     assert [len(trunk) for trunk in plan.trunks] == [2]
     assert counts(t) == (1, 2, 2, 1)
+
+
+def test_a_mask_that_comes_from_outside_acts_on_the_streams():
+    def forward(m, x, mask):
+        x = (x + m.f(x)) * mask.unsqueeze(-1)
+        return (x + m.g(x),)
+
+    t, plan = preserved(forward, torch.randn(SHAPE), torch.ones(SHAPE[:2]))
+    assert counts(t) == (1, 2, 2, 1)
+    assert [len(trunk) for trunk in plan.trunks] == [2]
 
 
 def test_an_operation_without_a_form_for_streams_ends_the_trunk():
