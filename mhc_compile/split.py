@@ -1,6 +1,6 @@
 """Cut a rewritten model into the stages of a pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -85,10 +85,12 @@ def split_stages(
     if boundary not in ("streams", "collapsed"):
         raise ConfigError(f"boundary={boundary!r} is not allowed: use 'streams' or 'collapsed'")
     gm = rewrite(model, *args, config=_unjoined(model, config), **kwargs)
+    gm.graph.eliminate_dead_code()
     annotate_values(gm)
     flow = find_flow(gm.graph)
     chosen = _choose(gm, flow, stages)
     parts = parts_of(gm.graph, flow, chosen)
+    _refuse_effects(parts, chosen)
     modules = tuple(
         _stage(gm, parts, chosen, number, boundary) for number in range(len(chosen) + 1)
     )
@@ -231,6 +233,17 @@ def _has(module: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _refuse_effects(parts: Mapping[Node, int], cuts: Sequence[Node]) -> None:
+    """An updated buffer does not move with the inputs, and no cut could send it."""
+    for node, part in parts.items():
+        for source in node.all_input_nodes:
+            if parts.get(source, part) != part and source not in cuts:
+                raise UnsupportedGraphError(
+                    f"stage {parts[source]} writes {describe(source)}, and stage {part} reads it: "
+                    "keep what is updated within one stage, or cut elsewhere"
+                )
 
 
 def _refuse_shared(stages: Sequence[nn.Module]) -> None:
