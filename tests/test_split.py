@@ -1,15 +1,16 @@
 """A rewritten model cut into the stages of a pipeline."""
 
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import mhc_compile
-from mhc_compile import ConfigError, UnsupportedGraphError
+from mhc_compile import ConfigError, MHCConfig, UnsupportedGraphError
 from mhc_compile.distributed import Cut, split_stages
-from mhc_compile.passes.states import COLLAPSE, EXPAND
+from mhc_compile.passes.states import COLLAPSE, EXPAND, SEAM
 from mhc_compile.targets import build_target
 from tests.nets import (
     WIDTH,
@@ -127,6 +128,20 @@ def test_a_stage_is_compiled_with_recompute_blocks_of_its_own() -> None:
     # Eight sites: without blocks each keeps its state, with blocks of two the first of each does;
     # the state that arrives belongs to the caller, and is kept either way.
     assert kept == {"off": 8, 2: 4}
+
+
+@pytest.mark.parametrize("skip", [(), ("join_seams_pass",)])
+def test_seams_are_joined_when_a_stage_is_compiled_unless_they_are_skipped(
+    skip: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MHC_DUMP", str(tmp_path))
+    x = example()
+    config = MHCConfig(skip_passes=skip, inner="eager")
+    split = split_stages(Net(4), x, stages=2, config=config)
+    assert [ops(stage, SEAM) for stage in split.stages] == [0, 0]
+    torch.compile(split.stages[0], backend="mhc")(x)
+    seams = "".join(path.read_text() for path in tmp_path.rglob("*after*.txt")).count("mhc.seam")
+    assert (seams > 0) == (not skip)
 
 
 def test_an_add_that_was_left_stays_left_when_a_stage_is_compiled() -> None:
