@@ -1,6 +1,7 @@
 """Cut a rewritten model into the stages of a pipeline."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,10 +14,10 @@ from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.match import SEEN, settle_options
 from mhc_compile.passes.annotate import annotate_values
 from mhc_compile.passes.cuts import Flow, crossing, find_flow, parts_of
-from mhc_compile.passes.states import COLLAPSE, EXPAND, POST, spec_of
-from mhc_compile.passes.values import describe, dtype_of
+from mhc_compile.passes.states import COLLAPSE, EXPAND, POST, PRE, spec_of
+from mhc_compile.passes.values import describe, dims, dtype_of
 from mhc_compile.rewrite import rewrite
-from mhc_compile.site import MHCSite, MHCSites
+from mhc_compile.site import MHCSites
 
 Boundary = Literal["streams", "collapsed"]
 
@@ -84,27 +85,28 @@ def split_stages(
     """
     if boundary not in ("streams", "collapsed"):
         raise ConfigError(f"boundary={boundary!r} is not allowed: use 'streams' or 'collapsed'")
-    gm = rewrite(model, *args, config=_unjoined(model, config), **kwargs)
+    config = config or settle_options(model.modules(), frozenset(), MHCConfig())
+    # A seam makes the branch input of the next site as well: no cut leads through it.
+    unjoined = replace(config, skip_passes=(*config.skip_passes, "join_seams_pass"))
+    gm = rewrite(model, *args, config=unjoined, **kwargs)
+    gm.graph.eliminate_dead_code()
     annotate_values(gm)
     flow = find_flow(gm.graph)
     chosen = _choose(gm, flow, stages)
     parts = parts_of(gm.graph, flow, chosen)
+    _refuse_effects(parts, chosen)
     modules = tuple(
         _stage(gm, parts, chosen, number, boundary) for number in range(len(chosen) + 1)
     )
+    for module in modules:
+        _adopt_sites(module, gm, config.skip_passes)
     _refuse_shared(modules)
     return PipelineSplit(
         stages=modules,
-        cuts=tuple(_cut(gm, node) for node in chosen),
+        cuts=tuple(_cut(node) for node in chosen),
         boundary=boundary,
         possible=tuple(_site_name(node) for node in flow.cuts),
     )
-
-
-def _unjoined(model: nn.Module, config: MHCConfig | None) -> MHCConfig:
-    """A seam makes the branch input of the next site as well: no cut leads through it."""
-    config = config or settle_options(model.modules(), frozenset(), MHCConfig())
-    return replace(config, skip_passes=(*config.skip_passes, "join_seams_pass"))
 
 
 def _choose(gm: GraphModule, flow: Flow, stages: int | Sequence[str]) -> list[Node]:
@@ -150,24 +152,21 @@ def _obstacle(posts: Sequence[Node], flow: Flow) -> str:
 
 
 def _site_name(post: Node) -> str:
-    """``owner.key``, from where the graph finds the parameters of the site."""
-    _, _, h_post, *_ = post.args
+    """``owner.key`` of a converted site; of one that the model has of its own, the node's name."""
+    h_post = post.args[2]
     assert isinstance(h_post, Node)
-    pre = h_post.args[0]
-    assert isinstance(pre, Node)
-    bias = pre.args[2]
-    assert isinstance(bias, Node)
-    return str(bias.target).removesuffix(".bias").replace("mhc.", "", 1)
+    pre = h_post.args[0] if h_post.target is operator.getitem else None
+    bias = pre.args[2] if isinstance(pre, Node) and pre.target is PRE else None
+    path = str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else ""
+    owner, found, key = path.removesuffix(".bias").rpartition("mhc.")
+    return f"{owner}{key}" if found else post.name
 
 
-def _cut(gm: GraphModule, post: Node) -> Cut:
-    dtype, streams = dtype_of(post), spec_of(post).streams
+def _cut(post: Node) -> Cut:
+    dtype, spec = dtype_of(post), spec_of(post)
     assert dtype is not None, "values were annotated"
-    owner, _, key = _site_name(post).rpartition(".")
-    site = gm.get_submodule(f"{owner}.mhc.{key}".lstrip("."))
-    assert isinstance(site, MHCSite)
-    narrow = site.width * dtype.itemsize
-    return Cut(site=_site_name(post), streams_bytes=streams * narrow, collapsed_bytes=narrow)
+    narrow = dims(post)[spec.dim] * dtype.itemsize
+    return Cut(site=_site_name(post), streams_bytes=spec.streams * narrow, collapsed_bytes=narrow)
 
 
 def _stage(
@@ -186,9 +185,6 @@ def _stage(
         graph.output(_send(graph, copies[cuts[number]], boundary))
     copy_signature(gm.graph, graph, inputs=is_first, outputs=is_last)
     stage = GraphModule(gm, graph)
-    _adopt_sites(stage, gm)
-    for module in stage.modules():  # the adds it has left stay left when the backend compiles it
-        setattr(module, SEEN, True)
     stage.train(gm.training)
     return stage
 
@@ -217,12 +213,19 @@ def _send(graph: Graph, state: Node, boundary: Boundary) -> Node:
     return graph.call_function(COLLAPSE, (state, None, None, None, "mean", spec.encode()))
 
 
-def _adopt_sites(stage: GraphModule, gm: GraphModule) -> None:
-    """Put the site modules themselves in the place of the plain ones that ``GraphModule`` made."""
+def _adopt_sites(stage: GraphModule, gm: GraphModule, skip_passes: tuple[str, ...]) -> None:
+    """Put site modules in the place of the plain ones that ``GraphModule`` made of them.
+
+    So the backend, which joins the seams of the stage, finds how it was converted; what conversion
+    left alone stays so.
+    """
     for name, sites in gm.named_modules():
         if isinstance(sites, MHCSites) and _has(stage, name):
             kept = {key: sites.site(key) for key, _ in stage.get_submodule(name).named_children()}
-            stage.set_submodule(name, MHCSites(kept, sites.records, sites.config))
+            config = {**sites.config, "skip_passes": skip_passes}
+            stage.set_submodule(name, MHCSites(kept, sites.records, config))
+    for module in stage.modules():
+        setattr(module, SEEN, True)
 
 
 def _has(module: nn.Module, path: str) -> bool:
@@ -231,6 +234,17 @@ def _has(module: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _refuse_effects(parts: Mapping[Node, int], cuts: Sequence[Node]) -> None:
+    """An updated buffer does not move with the inputs, and no cut could send it."""
+    for node, part in parts.items():
+        for source in node.all_input_nodes:
+            if parts.get(source, part) != part and source not in cuts:
+                raise UnsupportedGraphError(
+                    f"stage {parts[source]} writes {describe(source)}, and stage {part} reads it: "
+                    "keep what is updated within one stage, or cut elsewhere"
+                )
 
 
 def _refuse_shared(stages: Sequence[nn.Module]) -> None:

@@ -6,7 +6,7 @@ dominates them. What does not depend on the inputs (parameters, positions, masks
 traffic: each side makes its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -35,7 +35,7 @@ def find_flow(graph: Graph) -> Flow:
     """Follow the inputs of a graph of mhc ops, and find every place where it can be cut.
 
     Args:
-        graph: after `widen_trunks_pass`, its seams not joined.
+        graph: after `widen_trunks_pass`, its seams not joined, without dead code.
     """
     ways = _ways(graph)
     dominator = nx.immediate_dominators(ways, _SOURCE)
@@ -45,15 +45,16 @@ def find_flow(graph: Graph) -> Flow:
         if node.target is POST:
             candidates.insert(0, node)
         node = dominator[node]
-    moving = _count_before(ways, candidates)
+    number = {node: index for index, node in enumerate(candidates)}
+    moving = _count_before(ways, number)
     above: dict[Node, int] = {}
     bypassed: set[int] = set()
     for node, before in moving.items():
         parent = dominator[node]
-        above[node] = 0 if parent == _SOURCE else above[parent] + (parent in candidates)
+        above[node] = 0 if parent == _SOURCE else above[parent] + (parent in number)
         if node.is_impure():  # of the candidates before it, how many dominate it?
             bypassed.update(range(above[node], before))
-    cuts = [node for number, node in enumerate(candidates) if number not in bypassed]
+    cuts = [node for node in candidates if number[node] not in bypassed]
     return Flow(moving, candidates, cuts)
 
 
@@ -101,13 +102,13 @@ def _ways(graph: Graph) -> nx.DiGraph:
     return ways
 
 
-def _count_before(ways: nx.DiGraph, candidates: Sequence[Node]) -> dict[Node, int]:
-    number = {node: index + 1 for index, node in enumerate(candidates)}
+def _count_before(ways: nx.DiGraph, number: Mapping[Node, int]) -> dict[Node, int]:
+    """How many candidates lie before each value; they follow each other, so the last one tells."""
     before: dict[Node, int] = {}
     for node in ways:
         if node != _SOURCE:
             origins = [n for n in ways.predecessors(node) if n != _SOURCE]
-            before[node] = max((max(before[n], number.get(n, 0)) for n in origins), default=0)
+            before[node] = max((max(before[n], number.get(n, -1) + 1) for n in origins), default=0)
     return before
 
 

@@ -1,15 +1,17 @@
 """A rewritten model cut into the stages of a pipeline."""
 
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import mhc_compile
-from mhc_compile import ConfigError, UnsupportedGraphError
+from mhc_compile import ConfigError, MHCConfig, UnsupportedGraphError
 from mhc_compile.distributed import Cut, split_stages
-from mhc_compile.passes.states import COLLAPSE, EXPAND
+from mhc_compile.passes.states import COLLAPSE, EXPAND, SEAM
+from mhc_compile.targets import build_target
 from tests.nets import (
     WIDTH,
     Block,
@@ -128,6 +130,20 @@ def test_a_stage_is_compiled_with_recompute_blocks_of_its_own() -> None:
     assert kept == {"off": 8, 2: 4}
 
 
+@pytest.mark.parametrize("skip", [(), ("join_seams_pass",)])
+def test_seams_are_joined_when_a_stage_is_compiled_unless_they_are_skipped(
+    skip: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MHC_DUMP", str(tmp_path))
+    x = example()
+    config = MHCConfig(skip_passes=skip, inner="eager")
+    split = split_stages(Net(4), x, stages=2, config=config)
+    assert [ops(stage, SEAM) for stage in split.stages] == [0, 0]
+    torch.compile(split.stages[0], backend="mhc")(x)
+    seams = "".join(path.read_text() for path in tmp_path.rglob("*after*.txt")).count("mhc.seam")
+    assert (seams > 0) == (not skip)
+
+
 def test_an_add_that_was_left_stays_left_when_a_stage_is_compiled() -> None:
     x = example()
     model = converted(Net(4), x, exclude=("blocks.1.add1",))
@@ -165,3 +181,39 @@ def test_a_parameter_of_two_stages_is_refused() -> None:
     tied = Net([block, Block(), block])
     with pytest.raises(UnsupportedGraphError, match=r"stages 0 and 1 both read .*Untie it"):
         split_stages(tied, example(), stages=2)
+
+
+def test_a_buffer_that_two_stages_update_is_refused() -> None:
+    class Counting(Block):
+        def __init__(self, counter: torch.Tensor) -> None:
+            super().__init__()
+            self.register_buffer("counter", counter)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.counter.add_(1)
+            return super().forward(x)
+
+    def net(*counters: torch.Tensor) -> Net:
+        return Net([Counting(counter) for counter in counters])
+
+    x, shared = example(), torch.zeros(())
+    with pytest.raises(UnsupportedGraphError, match=r"stage 0 writes 'add_' .* stage 1 reads it"):
+        split_stages(net(shared, shared), x, stages=2)
+    split = split_stages(net(torch.zeros(()), torch.zeros(())), x, stages=2)
+    through(split.stages, x)
+    assert [dict(stage.named_buffers()) for stage in split.stages] == [
+        {f"blocks.{number}.counter": 1} for number in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["hf:llama", "hf:vit"])
+def test_a_model_of_transformers_is_cut_in_its_middle(target: str) -> None:
+    model, args, kwargs = build_target(target, {"num_hidden_layers": 4})
+    model.eval()
+    split = split_stages(model, *args, stages=2, **kwargs)
+    assert len(split.possible) == 8
+    assert split.cuts[0].site.endswith("layers.1.add1")
+    found = split.stages[1](split.stages[0](*args, **kwargs))
+    expected = mhc_compile.rewrite(model, *args, **kwargs)(*args, **kwargs)
+    assert torch.equal(found.logits, expected.logits)

@@ -149,12 +149,12 @@ def tensor_parallel(rank: int) -> Distance:
     return _train(Job(model, compiled(model, "aot_eager"))).distance(expected)
 
 
-def sequence_parallel(rank: int, summed: bool = True) -> Distance:
+def sequence_parallel(rank: int, summed: bool = True, inner: str = "aot_eager") -> Distance:
     """The trunk is split by tokens; ``summed`` says whether mhc gradients are, as they must be."""
     del rank
     expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
     parallelize_module(model, mesh, _plan(sequence=True))
-    job = Job(model, compiled(model, "aot_eager"), sequence=mesh if summed else None)
+    job = Job(model, compiled(model, inner), sequence=mesh if summed else None)
     return _train(job).distance(expected)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "mhc_compile", "tests.distributed.models"])
+_context.set_forkserver_preload(["torch", "mhc_compile.distributed", "tests.distributed.models"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,8 @@ def _run(
         error = traceback.format_exc()
     writer.send_bytes(pickle.dumps((value, error)))
     writer.close()
-    # No teardown: a group whose other ranks died could block in it.
-    os._exit(1 if error else 0)
+    if error:  # no teardown: a group whose other ranks died could block in it
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -136,3 +136,4 @@ def _group(rank: int, world: int, store: str, patience: float) -> Iterator[None]
     )
     yield
     dist.barrier()  # nobody leaves while another one still talks to it
+    dist.destroy_process_group()
