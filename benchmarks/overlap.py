@@ -7,11 +7,13 @@ Two processes of one thread each train a stack of tensor parallel MLP sites, wid
 Every all-reduce takes as many milliseconds as the link is told to, and no processor time. Three
 compilations of the same model run by turns: the order of the program, the pass that reorders, and
 with sites split as well. All give the same bits. A ratio is that of two steps that followed each
-other; the prediction is that of `mhc_compile.passes.simulate`.
+other. The prediction is that of `mhc_compile.passes.simulate`, with the estimate of every node's
+time scaled to the time that the program's order took.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -47,8 +49,9 @@ from mhc_compile.passes.simulate import Costs, simulate
 from mhc_compile.passes.stream_graph import launches, steps_of
 
 RANKS, STREAMS = 2, 4
+_BASE = "program order"
 RUNS: Mapping[str, Mapping[str, Any]] = {
-    "program order": {"overlap": "off"},
+    _BASE: {"overlap": "off"},
     "reordered": {"skip_passes": ("split_sites_pass",)},
     "split and reordered": {},
 }
@@ -160,13 +163,37 @@ def _rank(rank: int, folder: str, options: argparse.Namespace) -> None:
     for milliseconds in options.links:
         link.seconds = milliseconds / 1e3
         times = _by_turns(link, runs, options.repeat)
-        device = replace(CPU, link_latency=link.seconds, link_bandwidth=float("inf"))
-        base = runs["program order"].predicted(device)
-        for name, run in runs.items():
-            rows.append(_row(milliseconds, name, times, run.predicted(device) / base))
+        device = _calibrated(link.seconds, runs[_BASE], times[_BASE])
+        base = runs[_BASE].predicted(device)
+        rows += [
+            _row(milliseconds, name, times, run.predicted(device) / base)
+            for name, run in runs.items()
+        ]
     if rank == 0:
         Path(folder, "rows").write_text(json.dumps([asdict(row) for row in rows]))
     link.gloo.barrier().wait()
+
+
+def _calibrated(link: float, run: _Run, times: Sequence[tuple[float, float]]) -> Device:
+    """The device of the estimate, as fast as it was in this run: other load slows it.
+
+    Args:
+        link: seconds of an all-reduce.
+        run: the program's order, where nothing runs beside a transfer.
+        times: milliseconds of its steps.
+    """
+    idle = replace(CPU, link_latency=0.0, link_bandwidth=float("inf"))
+    device = replace(idle, link_latency=link)
+    compute, step = run.predicted(idle), run.predicted(device)
+    slower = (statistics.median(map(sum, times)) / 1e3 - (step - compute)) / compute
+    return replace(
+        device,
+        single_flops=device.single_flops / slower,
+        half_flops=device.half_flops / slower,
+        bandwidth=device.bandwidth / slower,
+        launch=device.launch * slower,
+        op_launch=device.op_launch * slower,
+    )
 
 
 def _by_turns(
@@ -188,11 +215,11 @@ def _by_turns(
 def _row(
     link: float, name: str, times: Mapping[str, Sequence[tuple[float, float]]], predicted: float
 ) -> Row:
-    pairs = zip(times[name], times["program order"], strict=True)
+    pairs = zip(times[name], times[_BASE], strict=True)
     ratios = [sum(own) / sum(base) for own, base in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     forward, backward = (statistics.median(part) for part in zip(*times[name], strict=True))
-    best = min(map(sum, times[name])) / min(map(sum, times["program order"]))
+    best = min(map(sum, times[name])) / min(map(sum, times[_BASE]))
     return Row(link, name, forward, backward, middle, [low, high], best, predicted)
 
 
@@ -244,7 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Console().print(table)
     if options.json is not None:
         setting = {name: vars(options)[name] for name in ("sites", "width", "tokens", "repeat")}
-        result = {"machine": machine(), "setting": setting, "rows": [asdict(row) for row in rows]}
+        result = {
+            "machine": machine(),
+            "setting": setting,
+            "load": os.getloadavg()[0],
+            "cores": os.cpu_count(),
+            "rows": [asdict(row) for row in rows],
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

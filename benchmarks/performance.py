@@ -76,12 +76,12 @@ _PARTS = (
     _Part(
         "overlap",
         "Work behind a collective",
-        (),
+        ("--repeat", "40"),
         "A training step of tensor parallel sites on two ranks of one thread each; the link takes "
         "`link` milliseconds for every all-reduce and no processor time. Wall milliseconds of one "
         "rank. `ratio` is the median over pairs of steps that followed each other, with its "
-        "quartiles; `best` is that of the shortest steps, `predicted` that of a simulation, which "
-        "takes every node's time from the estimate.",
+        "quartiles; `best` is that of the shortest steps, `predicted` that of a simulation: every "
+        "node's time from the estimate, scaled to the time of the program's order.",
     ),
     _Part(
         "chains",
@@ -140,6 +140,9 @@ def _page(found: Mapping[_Part, Any]) -> str:
         if isinstance(result, dict) and "gflops" in result:
             rates = ", ".join(f"C={w}: {rate:.0f}" for w, rate in result["gflops"].items())
             lines += ["", f"Gflop/s of a plain product: {rates}."]
+        if isinstance(result, dict) and "load" in result:
+            load = f"{result['load']:.1f} on {result['cores']} cores"
+            lines += ["", f"Load average of the machine in the last minute of it: {load}."]
     return "\n".join(lines) + "\n"
 
 

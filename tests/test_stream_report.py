@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile import ConfigError, MHCConfig, cli
 from mhc_compile._torch_private import compile_inductor
@@ -17,10 +19,11 @@ from mhc_compile.inspection import lowered_graphs
 from mhc_compile.passes.estimate import H100
 from mhc_compile.passes.simulate import Span, Timeline
 from mhc_compile.passes.stream_program import Launch, Record, Wait
-from mhc_compile.passes.streams import StreamPlan
+from mhc_compile.passes.streams import StreamPlan, assign_streams_pass
 from mhc_compile.stream_report import GraphStreams, StreamReport
 from mhc_compile.tables import stream_tables, to_text
-from tests.nets import Net, example
+from tests.nets import Net, converted, example, run
+from tests.passes.test_streams import SLOW
 
 MODEL = """
 from tests.nets import Net, example
@@ -136,6 +139,29 @@ def test_one_connection_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
         _lowering(MHCConfig(), None, None)
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
         _lowering(MHCConfig(side_stream=True), None, None)
+
+
+@pytest.mark.slow
+def test_a_plan_changes_no_bit_of_a_step_that_inductor_compiles_for_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[bool] = []
+
+    def assign(gm: GraphModule, inputs: Any) -> PassResult:
+        result = assign_streams_pass(gm, inputs, device=SLOW)
+        ran.append(result.modified)
+        return result
+
+    monkeypatch.setattr("mhc_compile.pipeline.assign_streams_pass", assign)
+    model, x = converted(Net(4), example()), example()
+    expected = run(torch.compile(model, backend="mhc"), model, x)
+    torch._dynamo.reset()
+    options = {"side_stream": True}
+    found = run(torch.compile(model, backend="mhc", options=options), model, x)
+    assert ran == [False, True]  # forward and backward
+    assert torch.equal(found[0], expected[0])
+    assert found[1].keys() == expected[1].keys()
+    assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
 
 
 def test_a_side_stream_is_on_or_off() -> None:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_compile import MHCConfig
+from mhc_compile.errors import VerificationError
 from mhc_compile.inspection import lowered_graphs
 from mhc_compile.passes.estimate import H100
 from mhc_compile.passes.happens_before import find_races
@@ -330,6 +331,16 @@ def test_a_plan_with_a_gain_is_noted_and_results_stay_bitwise_the_same() -> None
     assert len(after) == len(before)
     for a, b in zip(after, before, strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+def test_a_plan_with_a_race_is_refused_before_anything_changes(
+    graphs: dict[str, GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mhc_compile.passes.streams.synchronize", tuple)  # no syncs at all
+    before = [node.name for node in graphs["bw"].graph.nodes]
+    with pytest.raises(VerificationError, match="does not wait for"):
+        assign_streams_pass(graphs["bw"], (), device=SLOW)
+    assert [node.name for node in graphs["bw"].graph.nodes] == before
 
 
 def test_a_second_run_changes_nothing() -> None:
