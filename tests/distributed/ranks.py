@@ -37,7 +37,11 @@ class Outcome:
 
 
 def outcomes(
-    world: int, function: Callable[..., Any], *args: Any, seconds: float = 120, patience: float = 30
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float = 400,
+    patience: float = 200,
 ) -> list[Outcome]:
     """Call ``function(rank, *args)`` on ``world`` ranks of a new process group.
 
@@ -45,7 +49,7 @@ def outcomes(
         world: number of processes.
         function: of a module that can be imported; returns plain data.
         *args: plain data.
-        seconds: after that every process is killed, and the test fails.
+        seconds: after that every process is killed, and the test fails. Ample: machines are busy.
         patience: how long a collective waits for the other ranks.
 
     Returns:

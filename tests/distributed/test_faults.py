@@ -34,7 +34,7 @@ def test_ranks_that_were_converted_differently_learn_so(what: str, kind: str, wo
 def test_a_rank_that_is_killed_stops_the_others_and_training_resumes(tmp_path: Path) -> None:
     whole, _ = on_ranks(2, checkpoints.train, "fsdp", str(tmp_path / "whole"), 0, 5)[0]
     folder = str(tmp_path / "cut")
-    alive, killed = outcomes(2, checkpoints.train, "fsdp", folder, 0, 5, 3, patience=20)
+    alive, killed = outcomes(2, checkpoints.train, "fsdp", folder, 0, 5, 3)
     assert killed.exitcode == -signal.SIGKILL
     assert alive.exitcode == 1
     assert "RuntimeError" in alive.error
