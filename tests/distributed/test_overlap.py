@@ -6,11 +6,18 @@ from tests.distributed.ranks import on_ranks
 from tests.tensor_parallel import overlapped_step
 
 
-@pytest.mark.parametrize("recompute", ["auto", pytest.param("off", marks=pytest.mark.slow)])
-def test_a_step_on_two_ranks_keeps_its_bits_and_fills_every_window(recompute: str) -> None:
+@pytest.mark.parametrize(
+    # Without blocks the second site is a seam, which the estimate leaves whole at this size.
+    ("recompute", "filled"),
+    [("auto", 4), pytest.param("off", 3, marks=pytest.mark.slow)],
+)
+def test_a_step_on_two_ranks_keeps_its_bits_and_fills_its_windows(
+    recompute: str, filled: int
+) -> None:
     first, second = on_ranks(2, overlapped_step, recompute)
     assert first == second
     assert first["equal"]
     assert {"split_sites_pass", "overlap_collectives_pass"} <= first["passes"]
     assert len(first["moved"]) == 4  # one forward and one backward for each of two sites
-    assert all(before == 0 < after for before, after in first["moved"])
+    assert not any(before for before, _ in first["moved"])
+    assert sum(after > 0 for _, after in first["moved"]) == filled
