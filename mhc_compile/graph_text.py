@@ -1,6 +1,7 @@
 """A graph as text and as data: the same bytes for the same graph, without addresses or weights."""
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -17,7 +18,17 @@ GRAPH_SCHEMA = 1
 
 def readable(gm: GraphModule) -> str:
     """For people: shapes, strides and devices of all values, with the source lines above them."""
-    return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+    text = gm.print_readable(print_output=False, include_stride=True, include_device=True)
+    # Dynamo's arguments get a second name each, in lower case, by a line of its own.
+    inputs = gm.graph.find_nodes(op="placeholder")
+    name_of = {str(node.target): node.name for node in inputs if node.target != node.name}
+    renaming = {f"{name} = {argument}" for argument, name in name_of.items()}
+    lines = [line for line in text.split("\n") if line.strip() not in renaming]
+    for number, line in enumerate(lines):
+        if "def forward(" in line:
+            lines[number] = re.sub(r"\w+", lambda word: name_of.get(word[0], word[0]), line)
+            break
+    return "\n".join(lines)
 
 
 def graph_data(gm: GraphModule) -> dict[str, Any]:
