@@ -2,9 +2,9 @@
 
     python -m benchmarks.passes [--layers 100 200 400] [--repeat 5] [--json FILE]
 
-Canonicalize, find, plan and widen run one after the other on the graph of a Llama-like decoder. It
-is written node by node (61 nodes and two residual sites a layer), so that no model has to be built
-or captured. Each time is the best of the repetitions.
+Canonicalize, chains, find, plan, widen, recompute and seams run one after the other on the graph of
+a Llama-like decoder. It is written node by node (61 nodes and two residual sites a layer), so that
+no model has to be built or captured. Each time is the best of the repetitions.
 """
 
 import argparse
@@ -26,12 +26,18 @@ from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.canonicalize import canonicalize_pass
+from mhc_compile.passes.chains import rewrite_chains_pass
 from mhc_compile.passes.plan import Plan, plan_trunks
+from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.residuals import find_residuals
+from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.widen import SiteInputs, Widening, widen_trunks_pass
 
 _WIDTH, _HEADS, _HIDDEN = 64, 4, 96
 _TOKENS = (2, 16)
+
+
+_PASSES = ("canonicalize", "chains", "find", "plan", "widen", "recompute", "seams")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +48,17 @@ class Row:
     nodes: int
     sites: int
     canonicalize: float
+    chains: float
     find: float
     plan: float
     widen: float
+    recompute: float
+    seams: float
 
     @property
     def total(self) -> float:
         """All passes together."""
-        return self.canonicalize + self.find + self.plan + self.widen
+        return sum(getattr(self, name) for name in _PASSES)
 
 
 class _Decoder:
@@ -132,7 +141,7 @@ def _widening(graph: Graph, plan: Plan) -> Widening:
 def measure(layers: int, repeat: int) -> Row:
     """Best time of each pass over ``repeat`` runs on a decoder of ``layers`` layers."""
     decoder = _Decoder(layers).graph
-    best = [float("inf")] * 4
+    best = [float("inf")] * len(_PASSES)
     sites = 0
     for _ in range(repeat):
         graph = Graph()
@@ -141,15 +150,23 @@ def measure(layers: int, repeat: int) -> Row:
         marks = [time.perf_counter()]
         canonicalize_pass(gm, ())
         marks.append(time.perf_counter())
+        rewrite_chains_pass(gm, (), kernels="auto", found=[])
+        marks.append(time.perf_counter())
         found = find_residuals(gm.graph)
         marks.append(time.perf_counter())
         plan = plan_trunks(gm.graph, found, {})
         marks.append(time.perf_counter())
         widening = _widening(gm.graph, plan)
-        start = time.perf_counter()
-        widen_trunks_pass(gm, (), widening=widening)
         spent = [after - before for before, after in pairwise(marks)]
-        best = list(map(min, best, [*spent, time.perf_counter() - start]))
+        marks = [time.perf_counter()]
+        widen_trunks_pass(gm, (), widening=widening)
+        marks.append(time.perf_counter())
+        tag_recompute_pass(gm, ())
+        marks.append(time.perf_counter())
+        join_seams_pass(gm, ())
+        marks.append(time.perf_counter())
+        spent += [after - before for before, after in pairwise(marks)]
+        best = list(map(min, best, spent))
         sites = len(plan.sites)
     return Row(layers, len(decoder.nodes), sites, *best)
 
@@ -162,15 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     rows = [measure(layers, options.repeat) for layers in options.layers]
-    table = Table(title="graph passes, seconds")
-    for name in ("layers", "nodes", "sites", "canonicalize", "find", "plan", "widen", "total"):
+    table = Table(title="graph passes, milliseconds")
+    for name in ("layers", "nodes", "sites", *_PASSES, "total"):
         table.add_column(name, justify="right")
     table.add_column("us per node", justify="right")
     for row in rows:
         counts = (row.layers, row.nodes, row.sites)
-        times = (row.canonicalize, row.find, row.plan, row.widen, row.total)
+        times = (*(getattr(row, name) for name in _PASSES), row.total)
         per_node = f"{row.total / row.nodes * 1e6:.1f}"
-        table.add_row(*map(str, counts), *(f"{seconds:.3f}" for seconds in times), per_node)
+        table.add_row(*map(str, counts), *(f"{1e3 * seconds:.0f}" for seconds in times), per_node)
     Console().print(table)
     if options.json is not None:
         entries = [{**asdict(row), "total": row.total} for row in rows]
