@@ -37,26 +37,32 @@ def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) ->
         example_inputs: ignored.
     """
     del example_inputs
+    sums = list(_sums(gm))
+    if not sums:
+        return PassResult(gm, False)
     nodes = list(gm.graph.nodes)
     before = dependences(nodes)
     number = {node: at for at, node in enumerate(nodes)}
-    sums = []
-    for call, own, total in _sums(gm):
+    taken = []
+    for call, own, total in sums:
         more = next(operand for operand in total.all_input_nodes if operand is not own)
-        if not _comes_after(more, call, before, number):
-            before[call].add(more)
-            sums.append((call, own, total, more))
-    if not sums:
-        return PassResult(gm, False)
-    reorder(gm.graph, stable_order(nodes, before))
-    for call, own, total, more in sums:
+        later = number[more] > number[call]  # not as autograd orders it, and so rare
+        if later and _comes_after(more, call, before, number):
+            continue
+        before[call].add(more)
+        if later:
+            nodes = stable_order(nodes, before)
+            number = {node: at for at, node in enumerate(nodes)}
         call.args = (*call.args, more)
         if OPERAND_VALUES in call.meta:
             values, named = call.meta[OPERAND_VALUES]
             call.meta[OPERAND_VALUES] = ((*values, value_of(more)), named)
         total.replace_all_uses_with(own)
+        taken.append(total)
+    reorder(gm.graph, nodes)
+    for total in taken:
         gm.graph.erase_node(total)
-    return PassResult(gm, True)
+    return PassResult(gm, bool(taken))
 
 
 def _sums(gm: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
@@ -86,7 +92,7 @@ def _alike(one: Any, other: Any) -> bool:
 def _comes_after(
     node: Node, other: Node, before: Mapping[Node, Set[Node]], number: Mapping[Node, int]
 ) -> bool:
-    """Whether ``node`` has to come after ``other``."""
+    """Whether ``node`` comes after ``other`` in every order; ``number`` is one of them."""
     waiting, seen = [node], {node}
     while waiting:
         reached = waiting.pop()

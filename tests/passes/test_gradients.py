@@ -129,6 +129,15 @@ def test_left_alone_is(name: str) -> None:
     assert not run(gm)
 
 
+def test_of_two_that_are_added_to_each_other_one_takes_the_other_in() -> None:
+    args = arguments()[:4]
+    gm = make_fx(lambda *a: _plain(*a)[0] + _plain(*a)[0], tracing_mode="fake")(*args)
+    expected = gm(*args)
+    assert run(gm)
+    assert sorted(taken_in(gm)) == [False, True]
+    torch.testing.assert_close(gm(*args), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_moves_across_a_write() -> None:
     def written(state: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor, other: Tensor) -> Any:
         grads = _plain(state, phi, bias, alpha)
