@@ -1,18 +1,16 @@
 """Passes on the graphs of AOTAutograd, through ``torch.compile``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch._inductor import config as inductor  # noqa: TID251 - settings of the user
 from torch._inductor.utils import fresh_cache, run_and_get_code  # noqa: TID251 - what it made
 from torch.distributed.device_mesh import init_device_mesh
 from torch.fx import GraphModule
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_compile import _torch_private as private
 from mhc_compile.dump import write_dump
@@ -24,11 +22,7 @@ from tests.tensor_parallel import parallel_stack, recorded, same_bits
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("fake_ranks")
 
 
 def model() -> nn.Module:

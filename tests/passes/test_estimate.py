@@ -1,6 +1,6 @@
 """`mhc_compile.passes.estimate`: bytes, flops and seconds of nodes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import distributed as dist
 from torch.distributed import _functional_collectives as funcol
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhc_compile.kernels.spec import SiteSpec
@@ -32,13 +31,6 @@ from mhc_compile.passes.estimate import (
 
 OPS = torch.ops.mhc
 ATEN = torch.ops.aten
-
-
-@pytest.fixture
-def _group() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
 
 
 def lowered(function: Callable[..., Any], *args: Any, mode: str = "fake") -> GraphModule:
@@ -210,7 +202,7 @@ def test_attention_in_half_is_as_fast_as_half_though_its_statistics_are_float32(
     assert seconds(torch.bfloat16, device) == seconds(torch.float32, device) / 2
 
 
-@pytest.mark.usefixtures("_group")
+@pytest.mark.usefixtures("fake_ranks")
 def test_a_collective_takes_the_link_and_not_the_device() -> None:
     def function(x: Tensor) -> Tensor:
         gathered = funcol.all_gather_single(x, 0, dist.group.WORLD)

@@ -1,7 +1,7 @@
 """`overlap_collectives_pass`: what moves behind the start of a collective, and what does not."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,6 @@ from torch import distributed as dist
 from torch.distributed import _functional_collectives as funcol
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.collectives import is_collective, waits_of_starts
@@ -26,11 +25,7 @@ C10D = torch.ops._c10d_functional
 OPS = torch.ops.mhc
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("fake_ranks")
 
 
 def lowered(function: Callable[..., Any], *args: Any, mode: str = "fake") -> GraphModule:

@@ -1,6 +1,5 @@
 """`split_sites_pass`: which sites are split, and that nothing else changes."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch.distributed import _functional_collectives as funcol
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_compile.kernels.init import initial_parameters
 from mhc_compile.kernels.spec import SiteSpec
@@ -28,11 +26,7 @@ EAGER_TO_SPLIT = replace(CPU, launch=0.0, op_launch=0.0, single_flops=1e9, link_
 """Work takes its flops, and any collective longer."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("fake_ranks")
 
 
 def leaves(spec: SiteSpec, tokens: int = 64, channels: int = 32) -> tuple[Any, ...]:
