@@ -7,6 +7,8 @@ before: tensors are on the CPU, and streams in a dtype of `STREAM_TYPES`.
 from mhc_compile.kernels.cpp.launch_ends import (
     collapse,
     collapse_backward,
+    read,
+    read_backward,
     sinkhorn,
     sinkhorn_backward,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "post_backward",
     "pre",
     "pre_backward",
+    "read",
+    "read_backward",
     "seam",
     "seam_backward",
     "sinkhorn",
