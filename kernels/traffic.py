@@ -20,6 +20,8 @@ def least_rows(streams: int) -> dict[str, int]:
         "pre_backward, more": n + 1 + 2 * n,  # X, du, what else X gets -> dX
         "post": n + 1 + n,  # X, f -> X'
         "post_backward": 2 * n + 1 + n + 1,  # dX', X, f -> dX, df
+        "read": n + 1,  # X -> u
+        "read_backward": n + 1 + n,  # X, du -> dX
         "seam": n + 1 + n + 1,  # X, f -> X', u
         "seam_backward": 2 * n + 2 + n + 1,  # dX', du, X, f -> dX, df
         "collapse": n + 1,  # X -> x

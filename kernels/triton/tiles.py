@@ -21,7 +21,7 @@ class Tile:
     stages: int = 1
 
 
-ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
+ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam", "read")
 """Kernels whose programs own a block of the channels of one token."""
 
 
@@ -42,11 +42,14 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         return Tile(constants={**width, "BC": block}, warps=block // per_warp)
     if "_static_maps" in kernel:
         return Tile(constants={}, warps=1)
-    if kernel in ("post_backward", "static_pre_backward", "static_seam_backward"):
+    if kernel in (
+        *("post_backward", "static_pre_backward", "static_seam_backward"),
+        "read_backward",
+    ):
         return Tile(constants={**width, "BC": per_warp}, warps=1)
     if kernel == "sum_rows":
         return Tile(constants={"SPAN": 1024, "BR": 32, "BK": 64}, warps=4)
-    if kernel == "sum_products":
+    if kernel in ("sum_products", "sum_weights"):
         return Tile(constants={"BT": 64}, warps=2)
     if kernel.endswith("sum_maps"):
         return Tile(constants={"BR": 32}, warps=4)
@@ -87,9 +90,12 @@ _SLICE = 256
 def one_launch(maps: Maps, channels: int, dtype: torch.dtype, tokens: int, target: Target) -> bool:
     """Whether a state is still in the caches when one kernel reads it for the second time.
 
-    It also takes enough tokens for a program on every processor.
+    It also takes enough tokens for a program on every processor, which is all that a single pass
+    asks for.
     """
     block = _block(maps.prefix, maps)[0]
+    if maps.given:
+        return tokens >= block * target.units
     state = maps.streams * channels * dtype.itemsize
     at_once = block * _PROGRAMS * target.units * state
     return tokens >= block * target.units and at_once <= 0.8 * target.cache

@@ -27,6 +27,8 @@ _FORMS = {
         "seam_backward_maps seam_backward_streams seam_backward_phi",
         "static_seam_backward",
     ),
+    "read": ("read", "static_pre"),
+    "read_backward": ("read_backward", "static_pre_backward"),
     "collapse": ("collapse_mean", "collapse_sum"),
     "learned collapse": ("head", "head_scan head_mix", "static_pre"),
     "learned collapse backward": (  # z and 1/r are made again
@@ -55,7 +57,15 @@ def forms(spec: SiteSpec) -> list[Form]:
     known, least = kernels(spec), least_rows(spec.streams)
     found = []
     for op, texts in _FORMS.items():
-        for names in map(str.split, texts):
+        if op.startswith("learned" if spec.single_pass else "read"):
+            continue
+        for text in texts:
+            names = [
+                name
+                for name in text.split()
+                # In a single pass these touch no streams.
+                if not (spec.single_pass and name.endswith(("_backward_maps", "_mix")))
+            ]
             if all(name in known for name in names):
                 rows = sum(kernel_rows(known[name], spec.streams) for name in names)
                 found.append(Form(op=op, kernels=tuple(names), rows=rows, least=least[op]))

@@ -56,17 +56,14 @@ def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
     if phi is not None and alpha is not None:
         head = (torch.randn(n * X.shape[-1], n), bias[:n], alpha[:1])
     back = (d_next, du, dh_post, dh_res)
-    yield "pre", lambda: launch.pre(X, phi, bias, alpha, spec, shapes)
-    yield (
-        "pre_backward",
-        lambda: launch.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, spec),
-    )
+    gates = h_post if spec.single_pass else None
+    yield "pre", lambda: launch.pre(X, phi, bias, alpha, spec, shapes, gates)
+    site_backward = (du, dh_post, dh_res, X, phi, bias, alpha, saved, spec)
+    yield "pre_backward", lambda: launch.pre_backward(*site_backward, None, gates)
     if spec.dynamic:
         yield (
             "pre_backward, more",
-            lambda: launch.pre_backward(
-                du, dh_post, dh_res, X, phi, bias, alpha, saved, spec, d_next
-            ),
+            lambda: launch.pre_backward(*site_backward, d_next, gates),
         )
     yield "post", lambda: launch.post(X, f, h_post, h_res, spec)
     yield "post_backward", lambda: launch.post_backward(d_next, X, f, h_post, h_res, spec)
@@ -74,5 +71,9 @@ def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "seam_backward", lambda: launch.seam_backward(*back, *seam.given, saved, spec)
     yield "collapse", lambda: launch.collapse(X, None, None, None, "mean", spec)
     yield "collapse", lambda: launch.collapse(X, None, None, None, "sum", spec)
+    if gates is not None:
+        yield "read", lambda: launch.read(X, gates, spec)
+        yield "read_backward", lambda: launch.read_backward(f, X, gates, spec)
+        return
     yield "learned collapse", lambda: launch.collapse(X, *head, "learned", spec)
     yield "learned collapse backward", lambda: launch.collapse_backward(f, X, *head, spec)
