@@ -306,9 +306,7 @@ def pre_backward(
     )
 
 
-def given_gradient(
-    grad_pre: torch.Tensor, gates: torch.Tensor, site: SiteSpec
-) -> torch.Tensor:
+def given_gradient(grad_pre: torch.Tensor, gates: torch.Tensor, site: SiteSpec) -> torch.Tensor:
     """The gradient of gates from that of the weights in them; their H_post is read by the post."""
     grad = torch.nn.functional.pad(grad_pre, (0, site.streams))
     return grad.reshape(gates.shape).to(gates.dtype)

@@ -194,7 +194,9 @@ class _Planner:
                 return f"the skip has no per-stream form: {planned.reason}"
             new[value] = planned
             if self.single_pass and not keeps_tokens(value, known):
-                return f"the skip moves tokens ({describe(value)}), and single_pass has weights each"
+                return (
+                    f"the skip moves tokens ({describe(value)}), and single_pass has weights each"
+                )
         new[site.root] = known[site.skip]
         is_entry = trunk is None
         if trunk is None:

@@ -98,7 +98,7 @@ def _pre(spec: SiteSpec) -> Kernel:
         "tl.store(U + t * C + c, u, mask=live)",
     )
     return Kernel(
-        name="read" if spec.dynamic else "static_pre",
+        name="read_streams" if spec.dynamic else "static_pre",
         comment="u = sum_i H_pre[i] X_i. One token, BC channels a program.",
         streams=("X", "U"),
         floats=("H_PRE",),
@@ -169,7 +169,7 @@ def _pre_backward(spec: SiteSpec) -> Kernel:
         *_store_weights(spec),
     )
     return Kernel(
-        name="read_backward" if spec.dynamic else "static_pre_backward",
+        name="read_streams_backward" if spec.dynamic else "static_pre_backward",
         comment="dX_i = H_pre[i] du; dH_pre[i] = <X_i, du>. One token a program.",
         streams=("DU", "X", "DX"),
         floats=("H_PRE", "DH_PRE"),

@@ -196,7 +196,7 @@ def read(X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
     if not spec.dynamic:
         return launch_static.read(site, X, gates)
     u = X.new_empty((*X.shape[:-2], site.channels))
-    site.run("read", X, u, *floats(gates))
+    site.run("read_streams", X, u, *floats(gates))
     return u
 
 
@@ -209,7 +209,7 @@ def read_backward(
         return launch_static.read_backward(site, du, X, gates)
     dX = X.new_empty(X.shape)
     dgates = torch.empty_like(gates, memory_format=torch.contiguous_format)
-    site.run("read_backward", du, X, dX, *floats(gates), dgates)
+    site.run("read_streams_backward", du, X, dX, *floats(gates), dgates)
     return dX, dgates
 
 

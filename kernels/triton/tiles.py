@@ -21,7 +21,14 @@ class Tile:
     stages: int = 1
 
 
-ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam", "read")
+ONE_TOKEN_BLOCKS = (
+    "post",
+    "collapse_mean",
+    "collapse_sum",
+    "static_pre",
+    "static_seam",
+    "read_streams",
+)
 """Kernels whose programs own a block of the channels of one token."""
 
 
@@ -44,7 +51,7 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         return Tile(constants={}, warps=1)
     if kernel in (
         *("post_backward", "static_pre_backward", "static_seam_backward"),
-        "read_backward",
+        "read_streams_backward",
     ):
         return Tile(constants={**width, "BC": per_warp}, warps=1)
     if kernel == "sum_rows":

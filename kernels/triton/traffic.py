@@ -27,8 +27,8 @@ _FORMS = {
         "seam_backward_maps seam_backward_streams seam_backward_phi",
         "static_seam_backward",
     ),
-    "read": ("read", "static_pre"),
-    "read_backward": ("read_backward", "static_pre_backward"),
+    "read": ("read_streams", "static_pre"),
+    "read_backward": ("read_streams_backward", "static_pre_backward"),
     "collapse": ("collapse_mean", "collapse_sum"),
     "learned collapse": ("head", "head_scan head_mix", "static_pre"),
     "learned collapse backward": (  # z and 1/r are made again

@@ -76,7 +76,10 @@ class _Single:
 def _results(call: Callable[..., Any], tensors: Tensors, dtype: torch.dtype | None) -> list[Any]:
     """Outputs, then the gradients of a random weighted sum of them; ``dtype`` of a copy."""
     if dtype is not None:
-        tensors = [t if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad) for t in tensors]
+        tensors = [
+            t if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad)
+            for t in tensors
+        ]
     outputs = call(*tensors)
     generator = torch.Generator().manual_seed(3)
     total = torch.zeros((), dtype=torch.float64)
