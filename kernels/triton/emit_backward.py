@@ -242,13 +242,13 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kern
         for j in range(n):
             s = j % maps.norms
             yield from _stream(spec, seam, j)
+            if maps.given:
+                value = f"tl.sum(v{j} * du, 1)"
+                yield f"tl.store(products + {first_pre + j} * T, {value}, mask=there)"
             if maps.norms == 1 or j == 0:
                 yield f"phi = read(PHI + {_at_phi_turned(maps, j)}, of_phi)"
             weight = given_weight(spec, gates, j) if maps.given else f"work + {maps.saved + j}"
             yield f"w{j} = {COLUMN.format(weight)}"
-            if maps.given:
-                value = f"tl.sum(v{j} * du, 1)"
-                yield f"tl.store(products + {first_pre + j} * T, {value}, mask=there)"
             yield f"shrink{j} = read(work + {maps.width + s}, there)[:, None]"
             yield f"g{j} = w{j} * du + shrink{j} * v{j}"
             yield f"g{j} += tl.dot(dz{s}, phi, input_precision=PRECISION)"
