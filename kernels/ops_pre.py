@@ -121,8 +121,8 @@ def pre(
         saved = x.new_empty(0)
         if phi is not None:
             saved = project(x, phi.to(dtype), site.norm_eps, constraint.per_stream)
-        _, (pre_logits, post_logits, res_logits) = _logits(saved, bias, alpha, site)
-        h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + site.pre_eps
+        _, (_, post_logits, res_logits) = _logits(saved, bias, alpha, site)
+        h_pre = read_weights(saved, bias, alpha, site)
         h_post = gate_weights(post_logits, 2.0, constraint.gate)
         h_res = constraint.matrix(res_logits, site)
         u = mix(h_pre[:, None], x).squeeze(1)
@@ -150,6 +150,14 @@ def _logits(
     pre_logits, post_logits, res_logits = torch.split(h, groups, -1)
     # Without mixing there is one h_res for all tokens.
     return hidden, (pre_logits, post_logits, res_logits if constraint.mixes else bias[None, :0])
+
+
+def read_weights(
+    saved: torch.Tensor, bias: torch.Tensor, alpha: torch.Tensor | None, site: SiteSpec
+) -> torch.Tensor:
+    """H_pre ``[T or 1, n]``, equation (17), from what `pre` saved ``[T, p]``."""
+    _, (logits, _, _) = _logits(saved, bias, alpha, site)
+    return gate_weights(logits, 1.0, constraint_of(site).gate) + site.pre_eps
 
 
 @pre.register_fake

@@ -104,6 +104,19 @@ class Launcher(Protocol):
     ) -> SeamGradients:
         """``mhc::seam_backward``."""
 
+    def replay(
+        self,
+        X: torch.Tensor,
+        f: Sequence[torch.Tensor],
+        h_post: Sequence[torch.Tensor],
+        h_res: Sequence[torch.Tensor],
+        saved: Sequence[torch.Tensor],
+        bias: Sequence[torch.Tensor],
+        alpha: Sequence[torch.Tensor],
+        spec: SiteSpec,
+    ) -> list[torch.Tensor]:
+        """``mhc::replay``."""
+
     def collapse(
         self,
         X: torch.Tensor,

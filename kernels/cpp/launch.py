@@ -10,6 +10,7 @@ from mhc_compile.kernels.cpp.launch_ends import (
     sinkhorn,
     sinkhorn_backward,
 )
+from mhc_compile.kernels.cpp.launch_replay import replay
 from mhc_compile.kernels.cpp.launch_seam import seam, seam_backward
 from mhc_compile.kernels.cpp.launch_site import post, post_backward, pre, pre_backward
 
@@ -20,6 +21,7 @@ __all__ = [
     "post_backward",
     "pre",
     "pre_backward",
+    "replay",
     "seam",
     "seam_backward",
     "sinkhorn",
