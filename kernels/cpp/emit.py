@@ -25,7 +25,7 @@ from mhc_compile.kernels.cpp.text import (
     row,
     total,
 )
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 
 STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 """The dtypes that streams can have, and their names in the source."""
@@ -44,8 +44,6 @@ _LOOPS: dict[Part, tuple[str, ...]] = {
 }
 _ACCUMULATORS = 24
 """Dot products that a pass over a token's channels keeps in registers."""
-REPLAYED = 8
-"""Sites that one pass over the tokens replays: each has pages of its own in memory."""
 Lines = Iterator[str]
 _STEP = "[&](long c, auto at) ALWAYS_INLINE"
 

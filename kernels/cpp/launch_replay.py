@@ -14,8 +14,7 @@ from mhc_compile.kernels.cpp.call import (
     state_back,
     streams_last,
 )
-from mhc_compile.kernels.cpp.emit import REPLAYED
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 
 Tensors = Sequence[torch.Tensor]
 

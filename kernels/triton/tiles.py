@@ -21,8 +21,12 @@ class Tile:
     stages: int = 1
 
 
-ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
-"""Kernels whose programs own a block of the channels of one token."""
+_ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
+
+
+def owns_one_token(kernel: str) -> bool:
+    """Whether the programs of a kernel own a block of the channels of one token."""
+    return kernel in _ONE_TOKEN_BLOCKS or kernel.startswith("replay")
 
 
 def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Target) -> Tile:
@@ -37,7 +41,7 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
     """
     per_warp = target.lanes * vector(dtype)  # channels that one warp covers with wide accesses
     width: dict[str, int | str] = {"C": channels}
-    if kernel in ONE_TOKEN_BLOCKS:
+    if owns_one_token(kernel):
         block = _fitting(channels, per_warp, 4 * per_warp)
         return Tile(constants={**width, "BC": block}, warps=block // per_warp)
     if "_static_maps" in kernel:

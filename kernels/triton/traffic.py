@@ -7,9 +7,10 @@ is for). The tests count the same numbers in the interpreter. See `mhc_compile.k
 
 from dataclasses import dataclass
 
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 from mhc_compile.kernels.traffic import least_rows
 from mhc_compile.kernels.triton.emit import kernels
+from mhc_compile.kernels.triton.emit_replay import replay_name
 from mhc_compile.kernels.triton.text import Kernel
 
 _STATES = ("X", "Y", "DX", "DY", "DX_MORE")
@@ -27,6 +28,7 @@ _FORMS = {
         "seam_backward_maps seam_backward_streams seam_backward_phi",
         "static_seam_backward",
     ),
+    "replay": (replay_name(REPLAYED, REPLAYED + 1),),
     "collapse": ("collapse_mean", "collapse_sum"),
     "learned collapse": ("head", "head_scan head_mix", "static_pre"),
     "learned collapse backward": (  # z and 1/r are made again
@@ -64,4 +66,6 @@ def forms(spec: SiteSpec) -> list[Form]:
 
 def kernel_rows(kernel: Kernel, streams: int) -> int:
     """Rows per token of one kernel's stream arguments."""
-    return sum(streams if name in _STATES else 1 for name in kernel.streams)
+    return sum(
+        streams if name.rstrip("0123456789") in _STATES else 1 for name in kernel.streams
+    )

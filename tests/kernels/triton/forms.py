@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 from mhc_compile.kernels.ops_pre import coefficient_shapes
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 from mhc_compile.kernels.triton import launch, site
 from mhc_compile.kernels.triton.emit import kernels
 from tests.kernels.triton.meter import Meter
@@ -71,6 +71,10 @@ def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "post", lambda: launch.post(X, f, h_post, h_res, spec)
     yield "post_backward", lambda: launch.post_backward(d_next, X, f, h_post, h_res, spec)
     yield "seam", lambda: seam_outputs(seam)
+    if spec.dynamic:
+        many = ([f] * REPLAYED, [h_post] * REPLAYED, [h_res] * REPLAYED)
+        reads = ([saved] * (REPLAYED + 1), [bias] * (REPLAYED + 1), [alpha] * (REPLAYED + 1))
+        yield "replay", lambda: launch.replay(X, *many, *reads, spec)
     yield "seam_backward", lambda: launch.seam_backward(*back, *seam.given, saved, spec)
     yield "collapse", lambda: launch.collapse(X, None, None, None, "mean", spec)
     yield "collapse", lambda: launch.collapse(X, None, None, None, "sum", spec)
