@@ -122,9 +122,10 @@ class Site:
         self._start(kernel, grid, *tensors, *(given[name] for name in wanted))
 
     def run_replay(self, posts: int, reads: int, *tensors: torch.Tensor) -> None:
-        """Run the kernel that replays so many sites, which is a module of its own."""
-        name = replay_name(posts, reads)
-        module = load(replay_source(self.spec, self.dtype, posts, reads))
+        """Run the kernel that replays so many sites; the shorter ones are modules of their own."""
+        name, module = replay_name(posts, reads), self.module
+        if name not in kernels(self.spec):
+            module = load(replay_source(self.spec, self.dtype, posts, reads))
         grid = tuple(-(-size // step) for size, step in self._extents(name))
         self._launch(getattr(module, name), name, grid, *tensors)
 

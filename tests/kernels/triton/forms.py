@@ -72,7 +72,7 @@ def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "post_backward", lambda: launch.post_backward(d_next, X, f, h_post, h_res, spec)
     yield "seam", lambda: seam_outputs(seam)
     if spec.dynamic:
-        many = ([f] * REPLAYED, [h_post] * REPLAYED, [h_res] * REPLAYED)
+        many = ([f.clone() for _ in range(REPLAYED)], [h_post] * REPLAYED, [h_res] * REPLAYED)
         reads = ([saved] * (REPLAYED + 1), [bias] * (REPLAYED + 1), [alpha] * (REPLAYED + 1))
         yield "replay", lambda: launch.replay(X, *many, *reads, spec)
     yield "seam_backward", lambda: launch.seam_backward(*back, *seam.given, saved, spec)
