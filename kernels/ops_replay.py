@@ -2,8 +2,8 @@
 
 A backward pass that recomputes a block of sites knows everything that made them but the states:
 the branch outputs and the mappings were kept. So nothing is projected or normalised again, and a
-token's streams go through all sites of the block without leaving the chip: ``n + s (n + 2)`` rows of
-C for s sites, where replaying their seams moves ``s (2 n + 2)`` and every product with phi.
+token's streams go through all sites of the block without leaving the chip: ``n + s (n + 2)`` rows
+of C for s sites, where replaying their seams moves ``s (2 n + 2)`` and every product with phi.
 
 Paper: arXiv 2512.24880, section 4.3.2.
 """
@@ -137,3 +137,23 @@ def _(
     narrow = narrow_shape(X.shape, site.dim)
     first = [X.new_empty(narrow)] if len(saved) > len(f) else []
     return first + [X.new_empty(shape) for _ in f for shape in (X.shape, narrow)]
+
+
+@torch.library.custom_op("mhc::keep", mutates_args=())
+def keep(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies, which a partitioner can keep where it has to recompute the op that made the tensors.
+
+    A note for `mhc_compile.passes.replay`, which takes it out of the graph that runs.
+
+    Args:
+        tensors: of any shapes and dtypes.
+
+    Returns:
+        As many, with the same values.
+    """
+    return [tensor.clone() for tensor in tensors]
+
+
+@keep.register_fake
+def _(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors]

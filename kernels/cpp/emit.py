@@ -261,7 +261,9 @@ def _replay_streams(spec: SiteSpec) -> str:
         *(f"  {line}" for line in step()),
         "});",
     ]
-    comment = "// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, u = sum_i H_pre[i] X'_i, site by site.\n"
+    comment = (
+        "// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, u = sum_i H_pre[i] X'_i, site by site.\n"
+    )
     return comment + function(head, body)
 
 

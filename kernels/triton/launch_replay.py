@@ -32,7 +32,10 @@ def replay(
         streams = (start, *f[some], *states[some], *inputs[read])
         coefficients = (h_post[some], h_res[some], saved[read], bias[read], alpha[read])
         site.run_replay(
-            len(f[some]), len(saved[read]), *streams, *(t for ts in coefficients for t in floats(*ts))
+            len(f[some]),
+            len(saved[read]),
+            *streams,
+            *(t for ts in coefficients for t in floats(*ts)),
         )
         start = states[some][-1] if f else start
     made = iter(inputs)

@@ -66,6 +66,4 @@ def forms(spec: SiteSpec) -> list[Form]:
 
 def kernel_rows(kernel: Kernel, streams: int) -> int:
     """Rows per token of one kernel's stream arguments."""
-    return sum(
-        streams if name.rstrip("0123456789") in _STATES else 1 for name in kernel.streams
-    )
+    return sum(streams if name.rstrip("0123456789") in _STATES else 1 for name in kernel.streams)

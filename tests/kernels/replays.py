@@ -23,7 +23,9 @@ class Chain:
 
     def replayed(self, kernels: str) -> list[torch.Tensor]:
         """The same from what was kept."""
-        found: list[torch.Tensor] = OPS.replay(*self.given, replace(self.spec, kernels=kernels).encode())
+        found: list[torch.Tensor] = OPS.replay(
+            *self.given, replace(self.spec, kernels=kernels).encode()
+        )
         return found
 
     def without_the_first_read(self) -> "Chain":
