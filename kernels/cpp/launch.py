@@ -4,6 +4,7 @@ Results have the shapes and dtypes of the ops' own bodies. Callers have asked `s
 before: tensors are on the CPU, and streams in a dtype of `STREAM_TYPES`.
 """
 
+from mhc_compile.kernels.cpp.launch_apart import phi_backward
 from mhc_compile.kernels.cpp.launch_ends import (
     collapse,
     collapse_backward,
@@ -16,6 +17,7 @@ from mhc_compile.kernels.cpp.launch_site import post, post_backward, pre, pre_ba
 __all__ = [
     "collapse",
     "collapse_backward",
+    "phi_backward",
     "post",
     "post_backward",
     "pre",

@@ -16,6 +16,7 @@ from mhc_compile.kernels.cpp.call import (
     state_back,
     streams_last,
 )
+from mhc_compile.kernels.cpp.launch_apart import ParameterGradients
 from mhc_compile.kernels.cpp.launch_ends import read, read_backward
 from mhc_compile.kernels.spec import SiteSpec
 
@@ -55,8 +56,9 @@ def pre_backward(
     saved: torch.Tensor,
     spec: SiteSpec,
     dX_more: torch.Tensor | None = None,
+    with_dz: bool = False,
 ) -> Four:
-    """``mhc::pre_backward``."""
+    """``mhc::pre_backward``, or ``mhc::pre_backward_dz``."""
     rows, g = streams_last(X, spec), channels_last(du, spec, X.dtype)
     more = None if dX_more is None else streams_last(dX_more.to(X.dtype), spec)
     if phi is None or alpha is None:
@@ -67,14 +69,11 @@ def pre_backward(
     tokens, channels = size_of(rows)
     dX = rows.new_empty(rows.shape)
     parameters = (phi, bias, alpha)
-    grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
+    grads = ParameterGradients(parameters, saved, spec, with_dz)
     mappings = coefficients(dh_post, dh_res)
-    arguments = (g, *mappings, rows, more, *coefficients(*parameters, saved), dX, *grads)
+    arguments = (g, *mappings, rows, more, *coefficients(*parameters, saved), dX, *grads.pointers)
     call(library(spec, X.dtype), "pre_backward", arguments, tokens, channels)
-    dphi, dbias, dalpha = (
-        grad.to(tensor.dtype) for grad, tensor in zip(grads, parameters, strict=True)
-    )
-    return state_back(dX, spec), dphi, dbias, dalpha
+    return state_back(dX, spec), *grads.results
 
 
 def _static_logits(bias: torch.Tensor, spec: SiteSpec) -> tuple[torch.Tensor, ...]:

@@ -53,8 +53,9 @@ def pre_backward(
     saved: torch.Tensor,
     spec: SiteSpec,
     dX_more: torch.Tensor | None = None,
+    with_dz: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``mhc::pre_backward``."""
+    """``mhc::pre_backward``, or ``mhc::pre_backward_dz``."""
     site, maps = Site(spec, X), site_maps(spec)
     if phi is None or alpha is None:
         dX, *grads = launch_static.pre_backward(site, du, dh_post, dh_res, X, bias)
@@ -68,8 +69,28 @@ def pre_backward(
         site.run("pre_backward_streams", du, X, dX, wide_phi, work)
     else:
         site.run("pre_more_backward_streams", du, X, dX_more.to(X.dtype), dX, wide_phi, work)
-    dphi = site.phi_gradient("pre_backward_phi", phi, X, work)
-    return dX, dphi, *site.sum_maps(maps, sums, bias, alpha)
+    by_phi = _dz(work, saved) if with_dz else phi_backward(work, X, None, None, None, phi, spec)
+    return dX, by_phi, *site.sum_maps(maps, sums, bias, alpha)
+
+
+def _dz(work: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+    return work.view(*saved.shape[:-1], work.shape[-1])
+
+
+def phi_backward(
+    dz: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor | None,
+    h_post: torch.Tensor | None,
+    h_res: torch.Tensor | None,
+    phi: torch.Tensor,
+    spec: SiteSpec,
+) -> torch.Tensor:
+    """``mhc::phi_backward``."""
+    site = Site(spec, X)
+    if f is None or h_post is None or h_res is None:
+        return site.phi_gradient("pre_backward_phi", phi, X, *floats(dz))
+    return site.phi_gradient("seam_backward_phi", phi, X, f, *floats(h_post, h_res, dz))
 
 
 def seam(
@@ -113,8 +134,9 @@ def seam_backward(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: SiteSpec,
+    with_dz: bool = False,
 ) -> SeamGradients:
-    """``mhc::seam_backward``."""
+    """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
     site, maps = Site(spec, X), site_maps(spec)
     grads = (dX_next, du, dh_post_next, dh_res_next)
     if phi is None or alpha is None:
@@ -132,8 +154,8 @@ def seam_backward(
     dh_post = torch.empty_like(h_post, memory_format=torch.contiguous_format)
     dh_res = h_res.new_empty(h_res.shape) if maps.mixes else h_res.new_zeros(h_res.shape)
     site.run("sum_products", products, dh_post, dh_res, slices=slices)
-    dphi = site.phi_gradient("seam_backward_phi", phi, X, f, *mappings, work)
-    return dX, df, dh_post, dh_res, dphi, *site.sum_maps(maps, sums, bias, alpha)
+    by_phi = _dz(work, saved) if with_dz else phi_backward(work, X, f, h_post, h_res, phi, spec)
+    return dX, df, dh_post, dh_res, by_phi, *site.sum_maps(maps, sums, bias, alpha)
 
 
 def post(

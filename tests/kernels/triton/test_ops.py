@@ -95,6 +95,28 @@ def test_post_and_pre_apart_follow_float64(name: str) -> None:
     check(run_halves(seam), exact_seam(seam))
 
 
+@pytest.mark.parametrize("name", ["identity", "none"])
+def test_the_backward_in_parts_gives_the_bits_of_the_whole(name: str) -> None:
+    seam = make_seam(make_spec(name, 2), 19, 48)
+    spec, (X, f, h_post, h_res, phi, bias, alpha) = seam.spec, seam.given
+    assert phi is not None
+    saved, (_, *inner) = seam_outputs(seam)[-1], seam.grads
+    wholes = (
+        launch.seam_backward(*seam.grads, *seam.given, saved, spec),
+        launch.pre_backward(*inner, X, phi, bias, alpha, saved, spec),
+    )
+    parts = (
+        launch.seam_backward(*seam.grads, *seam.given, saved, spec, with_dz=True),
+        launch.pre_backward(*inner, X, phi, bias, alpha, saved, spec, with_dz=True),
+    )
+    for whole, part, before in zip(
+        wholes, parts, ((f, h_post, h_res), (None, None, None)), strict=True
+    ):
+        *others, dz, dbias, dalpha = part
+        dphi = launch.phi_backward(dz, X, *before, phi, spec)
+        assert all(map(torch.equal, whole, (*others, dphi, dbias, dalpha)))
+
+
 @pytest.mark.parametrize(("name", "n"), [("sinkhorn", 3), ("none", 2), ("identity", 2)])
 def test_static_sites_follow_float64(name: str, n: int) -> None:
     seam = make_seam(make_spec(name, n, dynamic=False), 9, 48)
