@@ -1,12 +1,15 @@
-"""The backward ops of dynamic sites in parts, so that one of them can wait.
+"""The backward ops in parts, so that one of them can wait.
 
     dX, dphi, ... = pre_backward(...)
         ->   dX, dz, ... = pre_backward_dz(...);   dphi = phi_backward(dz, X)
+    dX, df, ... = post_backward(...)
+        ->   df = post_backward_branch(dX');   dX, ... = post_backward_state(dX', X, f)
 
 The gradient of phi is a third of the products that the backward of a projection makes, and nothing
-but the optimizer asks for it. Given by itself, from the gradient of z = vec(X) phi, it can run
-while a collective is pending that the rest of the backward waits for. Generated kernels give the
-bits of the whole ops. No op is differentiable.
+but the optimizer asks for it: it is made from the gradient of z = vec(X) phi. The gradient of the
+branch output is all that the branch waits for, and takes n + 1 of 3 n + 2 rows of memory traffic.
+What is left of either can run while a collective of the branch is pending. Generated kernels give
+the bits of the whole ops. None of these ops is differentiable.
 """
 
 import torch
@@ -19,8 +22,17 @@ from mhc_compile.kernels.layout import (
     check_tensor,
     coefficient_dtype,
     dz_width,
+    narrow_shape,
+    token_shape,
 )
-from mhc_compile.kernels.ops_post import check_post, post, post_backward
+from mhc_compile.kernels.ops_post import (
+    check_post,
+    check_post_backward,
+    gradient_of_branch,
+    gradients_but_branch,
+    post,
+    post_backward,
+)
 from mhc_compile.kernels.ops_pre import (
     check_pre_backward,
     coefficient_shapes,
@@ -274,3 +286,88 @@ def _(
     site = SiteSpec.decode(spec)
     _check_phi_backward("mhc::phi_backward", dz, X, f, h_post, h_res, phi, site)
     return phi.new_empty(phi.shape)
+
+
+@torch.library.custom_op("mhc::post_backward_branch", mutates_args=())
+def post_backward_branch(
+    dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: str
+) -> torch.Tensor:
+    """The gradient of the branch output, of those that ``mhc::post_backward`` gives.
+
+    Args:
+        dY: gradient of the next state.
+        h_post: as given to ``mhc::post``.
+        dtype: of the branch output.
+        spec: `SiteSpec.encode`.
+
+    Returns:
+        The gradient, of the un-widened shape.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit.
+    """
+    op, site = "mhc::post_backward_branch", SiteSpec.decode(spec)
+    _check_branch(op, dY, h_post, site)
+    # An empty tensor stands for the branch output: its dtype decides.
+    if kernels := launcher(op, site, dY, h_post, branch=dY.new_empty(0, dtype=dtype)):
+        return kernels.post_backward_branch(dY, h_post, dtype, site)
+    return gradient_of_branch(dY, h_post, dtype, site)
+
+
+def _check_branch(op: str, dY: torch.Tensor, h_post: torch.Tensor, site: SiteSpec) -> None:
+    check_state(op, dY, site.streams, site.dim)
+    tokens = token_shape(dY.shape, site.dim) if site.dynamic else []
+    check_tensor(op, "h_post", h_post, [*tokens, site.streams], dY)
+
+
+@post_backward_branch.register_fake
+def _(dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: str) -> torch.Tensor:
+    site = SiteSpec.decode(spec)
+    _check_branch("mhc::post_backward_branch", dY, h_post, site)
+    return dY.new_empty(narrow_shape(dY.shape, site.dim), dtype=dtype)
+
+
+@torch.library.custom_op("mhc::post_backward_state", mutates_args=())
+def post_backward_state(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::post_backward`` without the gradient of the branch output.
+
+    Args:
+        dY: as for `mhc_compile.kernels.ops_post.post_backward`, like the others.
+        X: see there.
+        f: see there.
+        h_post: see there.
+        h_res: see there.
+        spec: see there.
+
+    Returns:
+        Gradients of ``X``, ``h_post`` and ``h_res``.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit.
+    """
+    op, site = "mhc::post_backward_state", SiteSpec.decode(spec)
+    check_post_backward(op, dY, X, f, h_post, h_res, site)
+    if kernels := launcher(op, site, X, dY, h_post, h_res, branch=f):
+        return kernels.post_backward_state(dY, X, f, h_post, h_res, site)
+    return gradients_but_branch(dY, X, f, h_post, h_res, site)
+
+
+@post_backward_state.register_fake
+def _(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    op, site = "mhc::post_backward_state", SiteSpec.decode(spec)
+    check_post_backward(op, dY, X, f, h_post, h_res, site)
+    return X.new_empty(X.shape), h_post.new_empty(h_post.shape), h_res.new_empty(h_res.shape)

@@ -73,6 +73,22 @@ class Launcher(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """``mhc::post_backward``."""
 
+    def post_backward_branch(
+        self, dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: SiteSpec
+    ) -> torch.Tensor:
+        """``mhc::post_backward_branch``."""
+
+    def post_backward_state(
+        self,
+        dY: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::post_backward_state``."""
+
     def seam(
         self,
         X: torch.Tensor,

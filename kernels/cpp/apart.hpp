@@ -51,3 +51,14 @@ extern "C" void mhc_phi_backward(const float* dz, const stream_t* X, const strea
     unpack_sum<O>(workspace, size.phi, team(), dphi, N / S, channels, size.padded);
   }
 }
+
+// df alone: sum_i H_post[i] dX'_i.
+extern "C" void mhc_post_backward_branch(const stream_t* dY, const float* h_post, stream_t* dF,
+                                         long tokens, long channels, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const Range range = share(tokens);
+    for (long t = range.first; t < range.last; ++t)
+      read_streams(dY + t * N * channels, channels, h_post + t * N, dF + t * channels, channels);
+  }
+}

@@ -12,7 +12,14 @@ from mhc_compile.kernels.cpp.launch_ends import (
     sinkhorn_backward,
 )
 from mhc_compile.kernels.cpp.launch_seam import seam, seam_backward
-from mhc_compile.kernels.cpp.launch_site import post, post_backward, pre, pre_backward
+from mhc_compile.kernels.cpp.launch_site import (
+    post,
+    post_backward,
+    post_backward_branch,
+    post_backward_state,
+    pre,
+    pre_backward,
+)
 
 __all__ = [
     "collapse",
@@ -20,6 +27,8 @@ __all__ = [
     "phi_backward",
     "post",
     "post_backward",
+    "post_backward_branch",
+    "post_backward_state",
     "pre",
     "pre_backward",
     "seam",

@@ -177,16 +177,55 @@ def post_backward(
     spec: SiteSpec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::post_backward``."""
-    site, mixes = Site(spec, X), constraint_of(spec).mixes
-    dX, df = X.new_empty(X.shape), f.new_empty(f.shape)
+    df = f.new_empty(f.shape)
+    dX, dh_post, dh_res = _post_backward("post_backward", dY, X, f, h_post, h_res, spec, df)
+    return dX, df, dh_post, dh_res
+
+
+def post_backward_branch(
+    dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: SiteSpec
+) -> torch.Tensor:
+    """``mhc::post_backward_branch``."""
+    site = Site(spec, dY)
+    df = dY.new_empty((*dY.shape[:-2], site.channels), dtype=dtype)
+    site.run("post_backward_branch", dY, df, *floats(h_post))
+    return df
+
+
+def post_backward_state(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::post_backward_state``."""
+    return _post_backward("post_backward_state", dY, X, f, h_post, h_res, spec)
+
+
+def _post_backward(
+    kernel: str,
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+    *df: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of X, h_post and h_res; the kernel may write that of f as well."""
+    site, dX = Site(spec, X), X.new_empty(X.shape)
+    given = (dY, X, f, dX, *df, *floats(h_post, h_res))
     if not spec.dynamic:
         by_token = launch_static.products(site)
-        site.run("post_backward", dY, X, f, dX, df, *floats(h_post, h_res), *by_token)
-        return dX, df, *launch_static.sum_products(site, by_token, h_post, h_res)
+        site.run(kernel, *given, *by_token)
+        return dX, *launch_static.sum_products(site, by_token, h_post, h_res)
+    mixes = constraint_of(spec).mixes
     dh_post = h_post.new_empty(h_post.shape)
     dh_res = h_res.new_empty(h_res.shape) if mixes else h_res.new_zeros(h_res.shape)
-    site.run("post_backward", dY, X, f, dX, df, *floats(h_post, h_res), dh_post, dh_res)
-    return dX, df, dh_post, dh_res
+    site.run(kernel, *given, dh_post, dh_res)
+    return dX, dh_post, dh_res
 
 
 def collapse(

@@ -40,10 +40,28 @@ def in_parts(of: Given) -> list[torch.Tensor]:
     return [*others, dphi, dbias, dalpha]
 
 
+def post_arguments(of_seam: Given) -> Given:
+    """Arguments of the backward of post, from those of a seam."""
+    names = ("X", "f", "h_post", "h_res", "spec")
+    return {"dY": of_seam["dX_next"], **{name: of_seam[name] for name in names}}
+
+
+def post_in_parts(of: Given) -> list[torch.Tensor]:
+    """The results of the backward of post from those of its parts."""
+    df = OPS.post_backward_branch(of["dY"], of["h_post"], of["f"].dtype, of["spec"])
+    dX, *mappings = OPS.post_backward_state(**of)
+    return [dX, df, *mappings]
+
+
 def same_bits(spec: SiteSpec, tensors: list[torch.Tensor], dtype: torch.dtype, kind: str) -> None:
     of_pre, of_seam = given(spec, tensors, dtype, kind)
-    for of, whole in ((of_pre, OPS.pre_backward), (of_seam, OPS.seam_backward)):
-        for found, wanted in zip(in_parts(of), whole(**of), strict=True):
+    of_post = post_arguments(of_seam)
+    pairs = [(post_in_parts(of_post), OPS.post_backward(**of_post))]
+    if spec.dynamic:
+        pairs.append((in_parts(of_pre), OPS.pre_backward(**of_pre)))
+        pairs.append((in_parts(of_seam), OPS.seam_backward(**of_seam)))
+    for parts, whole in pairs:
+        for found, wanted in zip(parts, whole, strict=True):
             assert found.dtype == wanted.dtype
             assert torch.equal(found, wanted)
 
@@ -73,6 +91,14 @@ def test_the_stream_axis_may_lie_elsewhere(dim: int) -> None:
     spec, tensors = random_site("sinkhorn", 3, (2, 16, 5, 3), dim=dim)
     same_bits(spec, tensors, torch.float32, "cpp")
     same_bits(spec, tensors, torch.float32, "reference")
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("kind", ["cpp", "reference"])
+@pytest.mark.parametrize("name", ["sinkhorn", "identity", "none"])
+def test_a_static_site_has_a_post_in_parts(name: str, kind: str) -> None:
+    spec, tensors = random_site(name, 4, (37, 50), dynamic=False)
+    same_bits(spec, tensors, torch.float32, kind)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -115,9 +141,13 @@ def test_parts_pass_opcheck(constraint: str) -> None:
         before = tuple(of.get(name) for name in ("f", "h_post", "h_res"))
         arguments = (dz, of["X"], *before, of["phi"], of["spec"])
         torch.library.opcheck(OPS.phi_backward.default, arguments)
+    of = post_arguments(of_seam)
+    torch.library.opcheck(OPS.post_backward_state.default, tuple(of.values()))
+    arguments = (of["dY"], of["h_post"], torch.bfloat16, of["spec"])
+    torch.library.opcheck(OPS.post_backward_branch.default, arguments)
 
 
-def test_a_static_site_is_refused() -> None:
+def test_a_static_site_has_no_phi() -> None:
     spec, tensors = random_site("sinkhorn", 2, (3, 8), dynamic=False)
     of_pre, _ = given(spec, tensors, torch.float32, "reference")
     of_pre |= {"phi": torch.zeros(16, 8), "alpha": torch.ones(3)}

@@ -117,6 +117,19 @@ def test_the_backward_in_parts_gives_the_bits_of_the_whole(name: str) -> None:
         assert all(map(torch.equal, whole, (*others, dphi, dbias, dalpha)))
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", ["sinkhorn", "identity"])
+def test_the_backward_of_post_in_parts_gives_the_bits_of_the_whole(
+    name: str, dynamic: bool
+) -> None:
+    seam = make_seam(make_spec(name, 3, dynamic=dynamic), 19, 129)
+    given = (seam.grads[0], seam.X, seam.f, seam.h_post, seam.h_res, seam.spec)
+    dX, df, *mappings = launch.post_backward(*given)
+    alone = launch.post_backward_branch(seam.grads[0], seam.h_post, torch.float32, seam.spec)
+    assert torch.equal(alone, df)
+    assert all(map(torch.equal, launch.post_backward_state(*given), (dX, *mappings)))
+
+
 @pytest.mark.parametrize(("name", "n"), [("sinkhorn", 3), ("none", 2), ("identity", 2)])
 def test_static_sites_follow_float64(name: str, n: int) -> None:
     seam = make_seam(make_spec(name, n, dynamic=False), 9, 48)
