@@ -36,7 +36,7 @@ Part = Literal["site", "head", "ends", "sinkhorn"]
 learned collapse; sums of the streams with the same weights for all tokens; Sinkhorn alone."""
 
 _LOOPS: dict[Part, tuple[str, ...]] = {
-    "site": ("projection", "coefficients", "pre", "post", "seam", "apart"),
+    "site": ("projection", "coefficients", "pre", "post", "seam", "phi"),
     "head": ("projection", "coefficients", "pre"),
     "ends": ("ends",),
     "sinkhorn": ("sinkhorn",),

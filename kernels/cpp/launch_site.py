@@ -149,8 +149,6 @@ def post_backward_branch(
 ) -> torch.Tensor:
     """``mhc::post_backward_branch``."""
     rows = streams_last(dY, spec)
-    if not spec.dynamic:
-        return narrow_back(read(rows, h_post, spec), spec).to(dtype)
     tokens, channels = size_of(rows)
     df = rows.new_empty((*rows.shape[:-2], channels))
     arguments = (rows, *coefficients(h_post), df)

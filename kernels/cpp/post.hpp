@@ -77,3 +77,22 @@ extern "C" void mhc_post_backward(const stream_t* dY, const stream_t* X, const s
   }
   if (!DYNAMIC) put_dots(shared, dh_post, dh_res);
 }
+
+// df alone: sum_i H_post[i] dX'_i.
+extern "C" void mhc_post_backward_branch(const stream_t* dY, const float* h_post, stream_t* dF,
+                                         long tokens, long channels, int threads) {
+  const long row = N * channels;
+#pragma omp parallel num_threads(threads)
+  {
+    const Range range = share(tokens);
+    for (long t = range.first; t < range.last; ++t) {
+      const stream_t* const g = dY + t * row;
+      const float* const p = token_post(h_post, t);
+      for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+        vec df = p[0] * at.get_next(g + c, row);
+        UNROLL for (int i = 1; i < N; ++i) df += p[i] * at.get_next(g + i * channels + c, row);
+        at.put(dF + t * channels + c, df);
+      });
+    }
+  }
+}

@@ -44,11 +44,9 @@ def parts(op: str, spec: SiteSpec, learned: bool) -> tuple[Part, ...]:
         return ("sinkhorn",)
     if op.startswith("mhc::collapse"):
         return ("head" if learned and spec.dynamic else "ends",)
-    if spec.dynamic:
+    if spec.dynamic or op.startswith("mhc::post"):
         return ("site",)
-    if op.startswith("mhc::pre") or op == "mhc::post_backward_branch":
-        return ("ends",)
-    return ("site",) if op.startswith("mhc::post") else ("ends", "site")
+    return ("ends",) if op.startswith("mhc::pre") else ("ends", "site")
 
 
 @cache

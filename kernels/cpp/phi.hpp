@@ -1,7 +1,5 @@
-// Parts of the backward that can wait, as functions of their own.
-
-// The gradient of phi from that of z. With F, the state that was projected is made again from the one
-// before it. The same numbers in the same order as in the whole backward.
+// The gradient of phi from that of z, for a backward that left it for later: the same sums in the
+// same order as there. With F, the state that was projected is made again from the one before it.
 extern "C" long mhc_phi_backward_workspace(long channels, int threads) {
   const Sizes size(channels);
   return threads * (size.phi + size.block);
@@ -49,16 +47,5 @@ extern "C" void mhc_phi_backward(const float* dz, const stream_t* X, const strea
     }
 #pragma omp barrier
     unpack_sum<O>(workspace, size.phi, team(), dphi, N / S, channels, size.padded);
-  }
-}
-
-// df alone: sum_i H_post[i] dX'_i.
-extern "C" void mhc_post_backward_branch(const stream_t* dY, const float* h_post, stream_t* dF,
-                                         long tokens, long channels, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    const Range range = share(tokens);
-    for (long t = range.first; t < range.last; ++t)
-      read_streams(dY + t * N * channels, channels, h_post + t * N, dF + t * channels, channels);
   }
 }
