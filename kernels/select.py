@@ -48,8 +48,9 @@ class Launcher(Protocol):
         saved: torch.Tensor,
         spec: SiteSpec,
         dX_more: torch.Tensor | None = None,
+        with_dz: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``mhc::pre_backward``."""
+        """``mhc::pre_backward``, or ``mhc::pre_backward_dz``."""
 
     def post(
         self,
@@ -71,6 +72,22 @@ class Launcher(Protocol):
         spec: SiteSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """``mhc::post_backward``."""
+
+    def post_backward_branch(
+        self, dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: SiteSpec
+    ) -> torch.Tensor:
+        """``mhc::post_backward_branch``."""
+
+    def post_backward_state(
+        self,
+        dY: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::post_backward_state``."""
 
     def seam(
         self,
@@ -101,8 +118,21 @@ class Launcher(Protocol):
         alpha: torch.Tensor | None,
         saved: torch.Tensor,
         spec: SiteSpec,
+        with_dz: bool = False,
     ) -> SeamGradients:
-        """``mhc::seam_backward``."""
+        """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
+
+    def phi_backward(
+        self,
+        dz: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor | None,
+        h_post: torch.Tensor | None,
+        h_res: torch.Tensor | None,
+        phi: torch.Tensor,
+        spec: SiteSpec,
+    ) -> torch.Tensor:
+        """``mhc::phi_backward``."""
 
     def replay(
         self,

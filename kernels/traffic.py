@@ -20,10 +20,16 @@ def least_rows(streams: int) -> dict[str, int]:
         "pre": n + 1,  # X -> u
         "pre_backward": n + 1 + n,  # X, du -> dX
         "pre_backward, more": n + 1 + 2 * n,  # X, du, what else X gets -> dX
+        "pre_backward_dz": n + 1 + n,
+        "phi_backward": n,  # X
         "post": n + 1 + n,  # X, f -> X'
         "post_backward": 2 * n + 1 + n + 1,  # dX', X, f -> dX, df
+        "post_backward_branch": n + 1,  # dX' -> df
+        "post_backward_state": 2 * n + 1 + n,  # dX', X, f -> dX
         "seam": n + 1 + n + 1,  # X, f -> X', u
         "seam_backward": 2 * n + 2 + n + 1,  # dX', du, X, f -> dX, df
+        "seam_backward_dz": 2 * n + 2 + n + 1,
+        "phi_backward, seam": n + 1,  # X, f
         "replay": n + 1 + REPLAYED * (n + 2),  # X, some f -> as many X', u, and that of X
         "collapse": n + 1,  # X -> x
         "learned collapse": n + 1,  # X -> x

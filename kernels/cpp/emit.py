@@ -25,6 +25,7 @@ from mhc_compile.kernels.cpp.text import (
     row,
     total,
 )
+from mhc_compile.kernels.layout import dz_width
 from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 
 STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
@@ -36,7 +37,7 @@ sites at once; a dynamic learned collapse; sums of the streams with the same wei
 Sinkhorn alone."""
 
 _LOOPS: dict[Part, tuple[str, ...]] = {
-    "site": ("projection", "coefficients", "pre", "post", "seam"),
+    "site": ("projection", "coefficients", "pre", "post", "seam", "phi"),
     "replay": ("replay",),
     "head": ("projection", "coefficients", "pre"),
     "ends": ("ends",),
@@ -100,7 +101,7 @@ def _streams(n: int, dtype: torch.dtype) -> str:
 
 def _site(spec: SiteSpec) -> str:
     constraint, n = constraint_of(spec), spec.streams
-    k = constraint.logits(n)
+    k, norms = constraint.logits(n), n if constraint.per_stream else 1
     mixes = f"constexpr bool MIXES = {_flag(constraint.mixes)};\n"
     if not spec.dynamic:
         return f"""\
@@ -112,7 +113,8 @@ constexpr bool DYNAMIC = false;
 constexpr bool SITE = true, DYNAMIC = true;
 constexpr int M = {2 * n + k};  // logits: pre {n}, post {n}, res {k}
 constexpr int GROUPS = 3;  // scales of logits
-constexpr int S = {n if constraint.per_stream else 1};  // norms, and projected rows, per token
+constexpr int S = {norms};  // norms, and projected rows, per token
+constexpr int WORK = {dz_width(2 * n + k + norms, n)};  // stride of dz
 {mixes}constexpr float NORM_EPS = {literal(spec.norm_eps)};
 """
 
@@ -122,6 +124,7 @@ def _head(spec: SiteSpec) -> str:
 // Learned collapse: H_pre alone.
 constexpr bool SITE = false, MIXES = false;
 constexpr int M = N, GROUPS = 1, S = 1;  // logits, their scales, norms per token
+constexpr int WORK = N;  // stride of dz, which a head never leaves for later
 constexpr float NORM_EPS = {literal(spec.norm_eps)};
 """
 

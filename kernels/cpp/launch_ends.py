@@ -59,7 +59,7 @@ def collapse_backward(
     dX = rows.new_empty(rows.shape)
     parameters = (phi, bias, alpha)
     grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
-    arguments = (g, empty, empty, rows, None, *coefficients(*parameters), saved, dX, *grads)
+    arguments = (g, empty, empty, rows, None, *coefficients(*parameters), saved, dX, *grads, None)
     tokens, channels = size_of(rows)
     call(library(spec, X.dtype, "head"), "pre_backward", arguments, tokens, channels)
     dphi, dbias, dalpha = (g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))

@@ -21,12 +21,22 @@ class Tile:
     stages: int = 1
 
 
-_ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
+_ONE_TOKEN_BLOCKS = (
+    *("post", "post_backward_branch"),
+    *("collapse_mean", "collapse_sum"),
+    *("static_pre", "static_seam"),
+)
 
 
 def owns_one_token(kernel: str) -> bool:
     """Whether the programs of a kernel own a block of the channels of one token."""
     return kernel in _ONE_TOKEN_BLOCKS or kernel.startswith("replay")
+
+
+_ONE_TOKEN = (
+    *("post_backward", "post_backward_state"),
+    *("static_pre_backward", "static_seam_backward"),
+)
 
 
 def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Target) -> Tile:
@@ -46,7 +56,7 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
         return Tile(constants={**width, "BC": block}, warps=block // per_warp)
     if "_static_maps" in kernel:
         return Tile(constants={}, warps=1)
-    if kernel in ("post_backward", "static_pre_backward", "static_seam_backward"):
+    if kernel in _ONE_TOKEN:
         return Tile(constants={**width, "BC": per_warp}, warps=1)
     if kernel == "sum_rows":
         return Tile(constants={"SPAN": 1024, "BR": 32, "BK": 64}, warps=4)

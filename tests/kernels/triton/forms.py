@@ -61,15 +61,25 @@ def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
         "pre_backward",
         lambda: launch.pre_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, spec),
     )
-    if spec.dynamic:
-        yield (
-            "pre_backward, more",
-            lambda: launch.pre_backward(
-                du, dh_post, dh_res, X, phi, bias, alpha, saved, spec, d_next
-            ),
-        )
+    if phi is not None:
+        of_pre = (du, dh_post, dh_res, X, phi, bias, alpha, saved, spec)
+        yield "pre_backward, more", lambda: launch.pre_backward(*of_pre, d_next)
+        yield "pre_backward_dz", lambda: launch.pre_backward(*of_pre, with_dz=True)
+        of_seam = (*back, *seam.given, saved, spec)
+        yield "seam_backward_dz", lambda: launch.seam_backward(*of_seam, with_dz=True)
+        dz = launch.pre_backward(*of_pre, with_dz=True)[1]
+        none = (None, None, None)
+        yield "phi_backward", lambda: launch.phi_backward(dz, X, *none, phi, spec)
+        before = (f, h_post, h_res)
+        yield "phi_backward, seam", lambda: launch.phi_backward(dz, X, *before, phi, spec)
     yield "post", lambda: launch.post(X, f, h_post, h_res, spec)
     yield "post_backward", lambda: launch.post_backward(d_next, X, f, h_post, h_res, spec)
+    yield (
+        "post_backward_branch",
+        lambda: launch.post_backward_branch(d_next, h_post, d_next.dtype, spec),
+    )
+    of_post = (d_next, X, f, h_post, h_res, spec)
+    yield "post_backward_state", lambda: launch.post_backward_state(*of_post)
     yield "seam", lambda: seam_outputs(seam)
     if spec.dynamic:
         many = ([f.clone() for _ in range(REPLAYED)], [h_post] * REPLAYED, [h_res] * REPLAYED)
