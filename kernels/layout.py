@@ -45,6 +45,19 @@ def token_shape(shape: Sequence[int], dim: int) -> list[int]:
     return [*shape[: at - 1], *shape[at + 1 :]]
 
 
+def dz_width(saved: int, streams: int) -> int:
+    """Numbers per token of what a backward leaves for later: the gradient of z comes first.
+
+    Behind it is room for what else kernels keep there, a factor of x for each norm and H_pre, and
+    for rows to begin at multiples of 16 bytes.
+
+    Args:
+        saved: numbers per token that `pre` saves.
+        streams: n.
+    """
+    return -(-(saved + streams) // 4) * 4
+
+
 def state_to_tokens(X: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     """A state as ``[T, n, C]`` in ``dtype``; a view where layout and dtype allow."""
     moved = X.movedim((dim - 1, dim), (-2, -1))

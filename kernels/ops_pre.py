@@ -21,6 +21,7 @@ from mhc_compile.kernels.coefficients import (
     gate_weights,
     gate_weights_backward,
     normalised,
+    phi_gradient,
     project,
     project_backward,
 )
@@ -60,8 +61,7 @@ def check_pre(
     """Refuse arguments of `pre` that do not fit each other."""
     constraint = constraint_of(site)
     check_state(op, X, site.streams, site.dim)
-    n, channels, width = site.streams, X.shape[site.dim], sum(_groups(site, constraint))
-    check_tensor(op, "bias", bias, [width], X)
+    check_tensor(op, "bias", bias, [sum(_groups(site, constraint))], X)
     if (phi is None) != (alpha is None) or site.dynamic != (phi is not None):
         raise KernelError(
             f"{op}: phi is {'absent' if phi is None else 'given'}, alpha "
@@ -69,10 +69,15 @@ def check_pre(
             f"dynamic={site.dynamic}; dynamic mappings take both, static ones neither"
         )
     if phi is not None and alpha is not None:
-        per_stream = constraint.per_stream
-        shape = [channels, width // n] if per_stream else [n * channels, width]
-        check_tensor(op, "phi", phi, shape, X)
+        check_tensor(op, "phi", phi, phi_shape(X, site), X)
         check_tensor(op, "alpha", alpha, [3], X)
+
+
+def phi_shape(X: torch.Tensor, site: SiteSpec) -> list[int]:
+    """Shape of the phi of a dynamic site."""
+    n, channels, constraint = site.streams, X.shape[site.dim], constraint_of(site)
+    width = sum(_groups(site, constraint))
+    return [channels, width // n] if constraint.per_stream else [n * channels, width]
 
 
 def coefficient_shapes(X: torch.Tensor, site: SiteSpec) -> Shapes:
@@ -148,8 +153,8 @@ def pre(
         saved = x.new_empty(0)
         if phi is not None:
             saved = project(x, phi.to(dtype), site.norm_eps, constraint.per_stream)
-        _, (pre_logits, post_logits, res_logits) = _logits(saved, bias, alpha, site)
-        h_pre = gate_weights(pre_logits, 1.0, constraint.gate) + site.pre_eps
+        _, (_, post_logits, res_logits) = _logits(saved, bias, alpha, site)
+        h_pre = read_weights(saved, bias, alpha, site)
         h_post = gate_weights(post_logits, 2.0, constraint.gate)
         h_res = constraint.matrix(res_logits, site)
         if gates is not None:
@@ -185,6 +190,14 @@ def _logits(
     pre_logits, post_logits, res_logits = torch.split(h, groups, -1)
     # Without mixing there is one h_res for all tokens.
     return hidden, (pre_logits, post_logits, res_logits if constraint.mixes else bias[None, :0])
+
+
+def read_weights(
+    saved: torch.Tensor, bias: torch.Tensor, alpha: torch.Tensor | None, site: SiteSpec
+) -> torch.Tensor:
+    """H_pre ``[T or 1, n]``, equation (17), from what `pre` saved ``[T, p]``."""
+    _, (logits, _, _) = _logits(saved, bias, alpha, site)
+    return gate_weights(logits, 1.0, constraint_of(site).gate) + site.pre_eps
 
 
 @pre.register_fake
@@ -243,19 +256,39 @@ def pre_backward(
         KernelError: a shape, dtype or device does not fit.
     """
     site = SiteSpec.decode(spec)
-    _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
-    if dX_more is not None:
-        check_tensor("mhc::pre_backward", "dX_more", dX_more, X.shape, X)
-    check_gates("mhc::pre_backward", gates, X, site)
+    op = "mhc::pre_backward"
+    check_pre_backward(op, du, dh_post, dh_res, X, phi, bias, alpha, saved, site, dX_more)
+    check_gates(op, gates, X, site)
     is_entry = gates is None
     if site.single_pass and gates is None:
         gates = entry_gates(X, site)
-    tensors = (du, dh_post, dh_res, phi, bias, alpha, saved)
-    if kernels := launcher("mhc::pre_backward", site, X, *tensors, dX_more, gates):
-        *grads, dgates = kernels.pre_backward(
-            du, dh_post, dh_res, X, phi, bias, alpha, saved, site, dX_more, gates
-        )
-        return (*grads, dgates.new_empty(0) if is_entry else dgates)
+    given = (du, dh_post, dh_res, X, phi, bias, alpha, saved, site, dX_more)
+    tensors = (du, dh_post, dh_res, phi, bias, alpha, saved, dX_more, gates)
+    if kernels := launcher(op, site, X, *tensors):
+        dX, dphi, dbias, dalpha, dgates = kernels.pre_backward(*given, gates=gates)
+    else:
+        dX, grad_z, dbias, dalpha, dgates = gradients_but_phi(*given, gates)
+        dphi = grad_z if phi is None else gradient_of_phi(grad_z, X, site).to(phi.dtype)
+    return dX, dphi, dbias, dalpha, dgates.new_empty(0) if is_entry else dgates
+
+
+def gradients_but_phi(
+    du: torch.Tensor,
+    dh_post: torch.Tensor,
+    dh_res: torch.Tensor,
+    X: torch.Tensor,
+    phi: torch.Tensor | None,
+    bias: torch.Tensor,
+    alpha: torch.Tensor | None,
+    saved: torch.Tensor,
+    site: SiteSpec,
+    dX_more: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+) -> PreGradients:
+    """`pre_backward` in plain torch, with the gradient of z ``[T, m]`` in place of that of phi.
+
+    Both are empty for a static site. A single pass has gates, be it at its entry.
+    """
     constraint, dtype = constraint_of(site), coefficient_dtype(X)
     n, groups = site.streams, _groups(site, constraint)
     with torch.autocast(X.device.type, enabled=False):
@@ -285,24 +318,24 @@ def pre_backward(
             -1,
         )
         if hidden is None or phi is None or alpha is None:
-            grad_phi, grad_bias, grad_alpha = x.new_empty(0), grad_h[0], x.new_empty(0)
+            grad_z, grad_bias, grad_alpha = x.new_empty(0), grad_h[0], x.new_empty(0)
         else:
             grad_hidden, grad_bias, grad_alpha = affine_backward(
                 grad_h, hidden, alpha.to(dtype), groups, constraint.gate
             )
-            through_phi, grad_phi = project_backward(
+            through_phi, grad_z = project_backward(
                 grad_hidden, flat_saved, x, phi.to(dtype), constraint.per_stream
             )
             grad_x = grad_x + through_phi
-            grad_phi, grad_alpha = grad_phi.to(phi.dtype), grad_alpha.to(alpha.dtype)
+            grad_alpha = grad_alpha.to(alpha.dtype)
         if dX_more is not None:
             grad_x = grad_x + state_to_tokens(dX_more, site.dim, dtype)
     return (
         tokens_to_state(grad_x, X, site.dim),
-        grad_phi,
+        grad_z,
         grad_bias.to(bias.dtype),
         grad_alpha,
-        x.new_empty(0) if is_entry else grad_gates,
+        grad_gates,
     )
 
 
@@ -312,7 +345,15 @@ def given_gradient(grad_pre: torch.Tensor, gates: torch.Tensor, site: SiteSpec) 
     return grad.reshape(gates.shape).to(gates.dtype)
 
 
-def _check_backward(
+def gradient_of_phi(grad_z: torch.Tensor, X: torch.Tensor, site: SiteSpec) -> torch.Tensor:
+    """The rest of `gradients_but_phi`."""
+    with torch.autocast(X.device.type, enabled=False):
+        x = state_to_tokens(X, site.dim, coefficient_dtype(X))
+        return phi_gradient(grad_z, x, constraint_of(site).per_stream)
+
+
+def check_pre_backward(
+    op: str,
     du: torch.Tensor,
     dh_post: torch.Tensor,
     dh_res: torch.Tensor,
@@ -322,13 +363,16 @@ def _check_backward(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     site: SiteSpec,
+    dX_more: torch.Tensor | None,
 ) -> None:
-    op = "mhc::pre_backward"
+    """Refuse arguments of `pre_backward` that do not fit each other."""
     check_pre(op, X, phi, bias, alpha, site)
     check_tensor(op, "du", du, narrow_shape(X.shape, site.dim), X)
     named = {"dh_post": dh_post, "dh_res": dh_res, "saved": saved}
     for (name, tensor), shape in zip(named.items(), coefficient_shapes(X, site), strict=True):
         check_tensor(op, name, tensor, shape, X)
+    if dX_more is not None:
+        check_tensor(op, "dX_more", dX_more, X.shape, X)
 
 
 @pre_backward.register_fake
@@ -345,9 +389,9 @@ def _(
     dX_more: torch.Tensor | None = None,
     gates: torch.Tensor | None = None,
 ) -> PreGradients:
-    site = SiteSpec.decode(spec)
-    _check_backward(du, dh_post, dh_res, X, phi, bias, alpha, saved, site)
-    check_gates("mhc::pre_backward", gates, X, site)
+    op, site = "mhc::pre_backward", SiteSpec.decode(spec)
+    check_pre_backward(op, du, dh_post, dh_res, X, phi, bias, alpha, saved, site, dX_more)
+    check_gates(op, gates, X, site)
     empty = X.new_empty(0, dtype=coefficient_dtype(X))
     return (
         X.new_empty(X.shape),

@@ -49,9 +49,10 @@ class Launcher(Protocol):
         saved: torch.Tensor,
         spec: SiteSpec,
         dX_more: torch.Tensor | None = None,
+        with_dz: bool = False,
         gates: torch.Tensor | None = None,
     ) -> PreGradients:
-        """``mhc::pre_backward``; a single pass has gates."""
+        """``mhc::pre_backward``, or ``mhc::pre_backward_dz``; a single pass has gates."""
 
     def read(self, X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
         """``mhc::read``."""
@@ -82,6 +83,22 @@ class Launcher(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """``mhc::post_backward``."""
 
+    def post_backward_branch(
+        self, dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: SiteSpec
+    ) -> torch.Tensor:
+        """``mhc::post_backward_branch``."""
+
+    def post_backward_state(
+        self,
+        dY: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::post_backward_state``."""
+
     def seam(
         self,
         X: torch.Tensor,
@@ -111,8 +128,34 @@ class Launcher(Protocol):
         alpha: torch.Tensor | None,
         saved: torch.Tensor,
         spec: SiteSpec,
+        with_dz: bool = False,
     ) -> SeamGradients:
-        """``mhc::seam_backward``."""
+        """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
+
+    def phi_backward(
+        self,
+        dz: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor | None,
+        h_post: torch.Tensor | None,
+        h_res: torch.Tensor | None,
+        phi: torch.Tensor,
+        spec: SiteSpec,
+    ) -> torch.Tensor:
+        """``mhc::phi_backward``."""
+
+    def replay(
+        self,
+        X: torch.Tensor,
+        f: Sequence[torch.Tensor],
+        h_post: Sequence[torch.Tensor],
+        h_res: Sequence[torch.Tensor],
+        saved: Sequence[torch.Tensor],
+        bias: Sequence[torch.Tensor],
+        alpha: Sequence[torch.Tensor],
+        spec: SiteSpec,
+    ) -> list[torch.Tensor]:
+        """``mhc::replay``."""
 
     def collapse(
         self,

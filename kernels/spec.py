@@ -15,6 +15,10 @@ from mhc_compile.errors import KernelError
 MAX_STREAMS = 16
 """Largest number of residual streams."""
 
+REPLAYED = 8
+"""Sites that one kernel of ``mhc::replay`` takes at most: each has tensors of its own, and so pages
+of memory."""
+
 KERNELS = ("auto", "triton", "cpp", "reference")
 """What can compute the ops: the fastest that can, generated Triton or C++ or nothing else, plain
 torch."""

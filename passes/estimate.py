@@ -200,10 +200,14 @@ def _mhc_flops(node: Node) -> int:
     names = (argument.name for argument in node.target._schema.arguments)
     given = dict(zip(names, node.args, strict=False))  # those with a default may be missing
     sizes = {name: _shape(value_of(arg)) for name, arg in given.items() if isinstance(arg, Node)}
-    known = ("pre", "post", "seam", "collapse", "read")
-    if op not in known or (op == "collapse" and "bias" not in sizes):
+    if op not in ("pre", "post", "seam", "collapse", "read", "replay"):
+        return 0
+    if op == "collapse" and "bias" not in sizes:
         return 0
     elements, n = math.prod(sizes["X"]), SiteSpec.decode(str(given["spec"])).streams
+    if op == "replay":
+        counts = {name: len(arg) for name, arg in given.items() if isinstance(arg, list)}
+        return elements * ((2 * n + 2) * counts["f"] + 2 * counts["saved"])
     width = sizes["bias"][0] if "phi" in sizes else 0
     post = elements * (2 * n + 2)  # H_res X, and H_post f added
     pre = elements * (2 * width + 2)  # vec(X) phi, and H_pre X

@@ -21,7 +21,7 @@ from mhc_compile.passes.values import carries_float
 from mhc_compile.passes.vocabulary import CONVOLUTION, MATMUL, RECURRENT, is_opaque
 
 _BACKWARD = (torch.ops.mhc.post_backward.default, torch.ops.mhc.seam_backward.default)
-_REPLAYED = (PRE, POST, SEAM)
+_REPLAYED = (PRE, POST, SEAM, torch.ops.mhc.replay.default)
 _PRODUCTS = MATMUL | CONVOLUTION
 _DF = 1
 """Which result of a backward of post or seam is the gradient of the branch output."""

@@ -98,7 +98,7 @@ class _Widener:
         self.graph = graph
         self.widening = widening
         self.lanes = widening.lanes
-        # Values that now live in a lane, operands before their readers, and the site's specification.
+        # Values that now live in a lane, operands before their readers, each with its site's spec.
         self.replaced: dict[Node, SiteSpec] = {}
         self.reads: dict[Node, Node] = {}  # what single-pass sites read where they start
         inputs = list(graph.find_nodes(op="placeholder"))

@@ -91,6 +91,13 @@ struct Through {
   float dz[S][L * O];  // the gradient of z, by row of the projection and output
   vec shrink[S];       // the factor of the state itself, by the norm
   vec pre[N];          // H_pre, the factor of du
+
+  // The gradients of z of a block, as `phi_rows` reads them.
+  MEMBER void put(const Block& block, float* rows) const {
+    for (int i = 0; i < block.count; ++i)
+      for (int m = 0; m < M; ++m)
+        rows[(block.first + i) * WORK + m] = dz[m % S][i * O + m / S];
+  }
 };
 
 // `dots` are the products of du with the streams, channels in the lanes still: the gradient of H_pre,
@@ -144,8 +151,8 @@ static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* d
     to.shrink[s] *= inverse[s] * inverse[s] * inverse[s] / float(N / S * size.channels);
 }
 
-// dphi of a block, and the gradient of its state into `dx`: through the mappings, through u, and
-// what came by other ways (`more`). `dx` may be `x`.
+// dphi of a block (unless there is no `phi_sum`), and the gradient of its state into `dx`: through
+// the mappings, through u, and what came by other ways (`more`). `dx` may be `x`.
 template <bool MORE>
 static void state_block_backward(const Sizes& size, Rows x, Rows du, Rows more, int count,
                                  const float* packed, const Through& through, float* phi_sum,
@@ -157,11 +164,11 @@ static void state_block_backward(const Sizes& size, Rows x, Rows du, Rows more, 
       constexpr int V = decltype(columns)::value;
       const long at = j * size.padded + c, in_phi = (from + c) * O;
       const float *const dz = through.dz[s], *const rows = x.at + at;
-      add_phi_gradient<V, O>(rows, x.stride, count, dz, phi_sum + in_phi, ahead);
+      if (phi_sum) add_phi_gradient<V, O>(rows, x.stride, count, dz, phi_sum + in_phi, ahead);
       state_gradient<V, O, MORE>({rows, x.stride}, {du.at + c, du.stride},
                                  {more.at + at, more.stride}, count, packed + in_phi, dz,
                                  through.shrink[s], through.pre[j], dx + at, dx_stride, streamed,
-                                 ahead);
+                                 !phi_sum, ahead);
     };
     long c = 0;
     for (; c + COLS * L <= size.padded; c += COLS * L) step(c, Columns<COLS>());
@@ -177,7 +184,7 @@ static void share_gradients(const Sizes& size, const Shared& own, const float* p
   for (int m = 0; m < M; ++m) store(to + m * L, own.bias[m]);
   for (int i = 0; i < 3; ++i) store(to + (M + i) * L, own.alpha[i]);
 #pragma omp barrier
-  unpack_sum<O>(phi_sums, size.phi, team(), dphi, N / S, size.channels, size.padded);
+  if (dphi) unpack_sum<O>(phi_sums, size.phi, team(), dphi, N / S, size.channels, size.padded);
 #pragma omp single
   for (int m = 0; m < M + GROUPS; ++m) {
     vec total = {};

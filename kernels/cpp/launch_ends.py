@@ -60,7 +60,7 @@ def collapse_backward(
     parameters = (phi, bias, alpha)
     grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
     given = (*coefficients(*parameters), saved, None)
-    arguments = (g, empty, empty, rows, None, *given, dX, *grads, None)
+    arguments = (g, empty, empty, rows, None, *given, dX, *grads, None, None)
     tokens, channels = size_of(rows)
     call(library(spec, X.dtype, "head"), "pre_backward", arguments, tokens, channels)
     dphi, dbias, dalpha = (g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))

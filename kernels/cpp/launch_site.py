@@ -16,8 +16,9 @@ from mhc_compile.kernels.cpp.call import (
     state_back,
     streams_last,
 )
+from mhc_compile.kernels.cpp.launch_apart import ParameterGradients
 from mhc_compile.kernels.cpp.launch_ends import mix_by, mix_by_backward
-from mhc_compile.kernels.layout import PreGradients
+from mhc_compile.kernels.layout import PreGradients, token_shape
 from mhc_compile.kernels.spec import SiteSpec
 
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -58,9 +59,10 @@ def pre_backward(
     saved: torch.Tensor,
     spec: SiteSpec,
     dX_more: torch.Tensor | None = None,
+    with_dz: bool = False,
     gates: torch.Tensor | None = None,
 ) -> PreGradients:
-    """``mhc::pre_backward``."""
+    """``mhc::pre_backward``, or ``mhc::pre_backward_dz``; the latter has no gates."""
     rows, g = streams_last(X, spec), channels_last(du, spec, X.dtype)
     more = None if dX_more is None else streams_last(dX_more.to(X.dtype), spec)
     if phi is None or alpha is None:
@@ -71,17 +73,14 @@ def pre_backward(
     tokens, channels = size_of(rows)
     dX = rows.new_empty(rows.shape)
     parameters = (phi, bias, alpha)
-    grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
+    grads = ParameterGradients(parameters, saved, spec, with_dz)
     mappings, saved_parameters = coefficients(dh_post, dh_res), coefficients(*parameters, saved)
     dgates = X.new_zeros(0 if gates is None else gates.shape, dtype=torch.float32)
-    results = (dX, *grads, dgates)
-    arguments = (g, *mappings, rows, more, *saved_parameters, _given(gates), *results)
+    given = (g, *mappings, rows, more, *saved_parameters, _given(gates))
+    arguments = (*given, dX, *grads.pointers, dgates)
     call(library(spec, X.dtype), "pre_backward", arguments, tokens, channels)
-    dphi, dbias, dalpha = (
-        grad.to(tensor.dtype) for grad, tensor in zip(grads, parameters, strict=True)
-    )
     dgates = dgates if gates is None else dgates.to(gates.dtype)
-    return state_back(dX, spec), dphi, dbias, dalpha, dgates
+    return state_back(dX, spec), *grads.results, dgates
 
 
 def _given(gates: torch.Tensor | None) -> torch.Tensor | None:
@@ -160,13 +159,51 @@ def post_backward(
     spec: SiteSpec,
 ) -> Four:
     """``mhc::post_backward``."""
+    df = X.new_empty((*token_shape(X.shape, spec.dim), X.shape[spec.dim]))
+    dX, dh_post, dh_res = _post_backward(dY, X, f, h_post, h_res, spec, df)
+    return dX, narrow_back(df, spec).to(f.dtype), dh_post, dh_res
+
+
+def post_backward_branch(
+    dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: SiteSpec
+) -> torch.Tensor:
+    """``mhc::post_backward_branch``."""
+    rows = streams_last(dY, spec)
+    tokens, channels = size_of(rows)
+    df = rows.new_empty((*rows.shape[:-2], channels))
+    arguments = (rows, *coefficients(h_post), df)
+    call(library(spec, dY.dtype), "post_backward_branch", arguments, tokens, channels)
+    return narrow_back(df, spec).to(dtype)
+
+
+def post_backward_state(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::post_backward_state``."""
+    return _post_backward(dY, X, f, h_post, h_res, spec, None)
+
+
+def _post_backward(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+    df: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of X, h_post and h_res; that of f into ``df``, ``[..., C]``, if it is wanted."""
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
     g = streams_last(dY.to(X.dtype), spec)
-    dX, df = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
+    dX = rows.new_empty(rows.shape)
     dh_post = h_post.new_zeros(h_post.shape, dtype=torch.float32)
     dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
     arguments = (g, rows, branch, *coefficients(h_post, h_res), dX, df, dh_post, dh_res)
     tokens, channels = size_of(rows)
     call(library(spec, X.dtype), "post_backward", arguments, tokens, channels)
-    df = narrow_back(df, spec).to(f.dtype)
-    return state_back(dX, spec), df, dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)
+    return state_back(dX, spec), dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)

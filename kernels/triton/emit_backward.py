@@ -113,15 +113,10 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
         arguments = [*dots, *_maps_arguments(maps), "C", "t", "there"]
         yield from call(f"{maps.prefix}_maps_backward", arguments)
 
+    source = "dH_pre of the next site" if maps.given else "dH_pre[i] = <X_i, du>"
     return Kernel(
         name="seam_backward_maps" if seam else f"{maps.prefix}_backward_maps",
-        comment=(
-            "dH_pre, dH_post and dH_res back to dz; sums for bias and alpha over the program's\n"
-            "tokens."
-            if maps.given
-            else "dH_pre[i] = <X_i, du>, then back to dz; sums for bias and alpha over the program's\n"
-            "tokens."
-        ),
+        comment=f"{source}, then back to dz; sums for bias and alpha over the program's\ntokens.",
         streams=() if maps.given else ("X", "F", "DU") if seam else ("X", "DU"),
         floats=(*(("H_POST", "H_RES") if seam else ()), *_maps_arguments(maps)),
         integers=("T",),

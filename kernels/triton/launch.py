@@ -12,10 +12,12 @@ import torch
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.layout import PreGradients, SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton import launch_matrix, launch_static
+from mhc_compile.kernels.triton import launch_matrix, launch_replay, launch_static
 from mhc_compile.kernels.triton.emit_backward import product_count
 from mhc_compile.kernels.triton.maps import head_maps, site_maps
 from mhc_compile.kernels.triton.site import Site, floats
+
+replay = launch_replay.replay
 
 
 def pre(
@@ -59,9 +61,10 @@ def pre_backward(
     saved: torch.Tensor,
     spec: SiteSpec,
     dX_more: torch.Tensor | None = None,
+    with_dz: bool = False,
     gates: torch.Tensor | None = None,
 ) -> PreGradients:
-    """``mhc::pre_backward``."""
+    """``mhc::pre_backward``, or ``mhc::pre_backward_dz``; the latter has no gates."""
     site, maps = Site(spec, X), site_maps(spec)
     if phi is None or alpha is None:
         dX, dbias, dgates = launch_static.pre_backward(site, du, dh_post, dh_res, X, bias, gates)
@@ -83,9 +86,29 @@ def pre_backward(
         site.run(kernel, du, X, *more, dX, *floats(gates), wide_phi, work, products)
         dgates = torch.empty_like(gates, memory_format=torch.contiguous_format)
         site.run("sum_weights", products, dgates, slices=slices)
-    dphi = site.phi_gradient("pre_backward_phi", phi, X, work)
+    by_phi = _dz(work, saved) if with_dz else phi_backward(work, X, None, None, None, phi, spec)
     dbias, dalpha = site.sum_maps(maps, sums, bias, alpha)
-    return dX, dphi, dbias, dalpha, dgates
+    return dX, by_phi, dbias, dalpha, dgates
+
+
+def _dz(work: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+    return work.view(*saved.shape[:-1], work.shape[-1])
+
+
+def phi_backward(
+    dz: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor | None,
+    h_post: torch.Tensor | None,
+    h_res: torch.Tensor | None,
+    phi: torch.Tensor,
+    spec: SiteSpec,
+) -> torch.Tensor:
+    """``mhc::phi_backward``."""
+    site = Site(spec, X)
+    if f is None or h_post is None or h_res is None:
+        return site.phi_gradient("pre_backward_phi", phi, X, *floats(dz))
+    return site.phi_gradient("seam_backward_phi", phi, X, f, *floats(h_post, h_res, dz))
 
 
 def seam(
@@ -133,8 +156,9 @@ def seam_backward(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: SiteSpec,
+    with_dz: bool = False,
 ) -> SeamGradients:
-    """``mhc::seam_backward``."""
+    """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
     site, maps = Site(spec, X), site_maps(spec)
     grads = (dX_next, du, dh_post_next, dh_res_next)
     if phi is None or alpha is None:
@@ -155,8 +179,8 @@ def seam_backward(
     dh_post = torch.empty_like(h_post, memory_format=torch.contiguous_format)
     dh_res = h_res.new_empty(h_res.shape) if maps.mixes else h_res.new_zeros(h_res.shape)
     site.run("sum_products", products, dh_post, dh_res, slices=slices)
-    dphi = site.phi_gradient("seam_backward_phi", phi, X, f, *mappings, work)
-    return dX, df, dh_post, dh_res, dphi, *site.sum_maps(maps, sums, bias, alpha)
+    by_phi = _dz(work, saved) if with_dz else phi_backward(work, X, f, h_post, h_res, phi, spec)
+    return dX, df, dh_post, dh_res, by_phi, *site.sum_maps(maps, sums, bias, alpha)
 
 
 def post(
@@ -178,16 +202,55 @@ def post_backward(
     spec: SiteSpec,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::post_backward``."""
-    site, mixes = Site(spec, X), constraint_of(spec).mixes
-    dX, df = X.new_empty(X.shape), f.new_empty(f.shape)
+    df = f.new_empty(f.shape)
+    dX, dh_post, dh_res = _post_backward("post_backward", dY, X, f, h_post, h_res, spec, df)
+    return dX, df, dh_post, dh_res
+
+
+def post_backward_branch(
+    dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: SiteSpec
+) -> torch.Tensor:
+    """``mhc::post_backward_branch``."""
+    site = Site(spec, dY)
+    df = dY.new_empty((*dY.shape[:-2], site.channels), dtype=dtype)
+    site.run("post_backward_branch", dY, df, *floats(h_post))
+    return df
+
+
+def post_backward_state(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::post_backward_state``."""
+    return _post_backward("post_backward_state", dY, X, f, h_post, h_res, spec)
+
+
+def _post_backward(
+    kernel: str,
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    spec: SiteSpec,
+    *df: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of X, h_post and h_res; the kernel may write that of f as well."""
+    site, dX = Site(spec, X), X.new_empty(X.shape)
+    given = (dY, X, f, dX, *df, *floats(h_post, h_res))
     if not spec.dynamic:
         by_token = launch_static.products(site)
-        site.run("post_backward", dY, X, f, dX, df, *floats(h_post, h_res), *by_token)
-        return dX, df, *launch_static.sum_products(site, by_token, h_post, h_res)
+        site.run(kernel, *given, *by_token)
+        return dX, *launch_static.sum_products(site, by_token, h_post, h_res)
+    mixes = constraint_of(spec).mixes
     dh_post = h_post.new_empty(h_post.shape)
     dh_res = h_res.new_empty(h_res.shape) if mixes else h_res.new_zeros(h_res.shape)
-    site.run("post_backward", dY, X, f, dX, df, *floats(h_post, h_res), dh_post, dh_res)
-    return dX, df, dh_post, dh_res
+    site.run(kernel, *given, dh_post, dh_res)
+    return dX, dh_post, dh_res
 
 
 def read(X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.constraints.base import Gate
+from mhc_compile.kernels.layout import dz_width
 from mhc_compile.kernels.spec import SiteSpec
 
 VECTOR_BYTES = 16
@@ -58,8 +59,7 @@ class Maps:
     @property
     def work(self) -> int:
         """Stride of dz, the factors of x in dX, and H_pre, from one backward kernel to the next."""
-        weights = 0 if self.given else self.streams
-        return -(-(self.saved + weights) // 4) * 4
+        return dz_width(self.saved, self.streams)
 
 
 def site_maps(spec: SiteSpec) -> Maps:

@@ -21,15 +21,22 @@ class Tile:
     stages: int = 1
 
 
-ONE_TOKEN_BLOCKS = (
-    "post",
-    "collapse_mean",
-    "collapse_sum",
-    "static_pre",
-    "static_seam",
-    "read_streams",
+_ONE_TOKEN_BLOCKS = (
+    *("post", "post_backward_branch", "read_streams"),
+    *("collapse_mean", "collapse_sum"),
+    *("static_pre", "static_seam"),
 )
-"""Kernels whose programs own a block of the channels of one token."""
+
+
+def owns_one_token(kernel: str) -> bool:
+    """Whether the programs of a kernel own a block of the channels of one token."""
+    return kernel in _ONE_TOKEN_BLOCKS or kernel.startswith("replay")
+
+
+_ONE_TOKEN = (
+    *("post_backward", "post_backward_state", "read_streams_backward"),
+    *("static_pre_backward", "static_seam_backward"),
+)
 
 
 def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Target) -> Tile:
@@ -44,15 +51,12 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
     """
     per_warp = target.lanes * vector(dtype)  # channels that one warp covers with wide accesses
     width: dict[str, int | str] = {"C": channels}
-    if kernel in ONE_TOKEN_BLOCKS:
+    if owns_one_token(kernel):
         block = _fitting(channels, per_warp, 4 * per_warp)
         return Tile(constants={**width, "BC": block}, warps=block // per_warp)
     if "_static_maps" in kernel:
         return Tile(constants={}, warps=1)
-    if kernel in (
-        *("post_backward", "static_pre_backward", "static_seam_backward"),
-        "read_streams_backward",
-    ):
+    if kernel in _ONE_TOKEN:
         return Tile(constants={**width, "BC": per_warp}, warps=1)
     if kernel == "sum_rows":
         return Tile(constants={"SPAN": 1024, "BR": 32, "BK": 64}, warps=4)

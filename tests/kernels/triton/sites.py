@@ -108,8 +108,8 @@ def run_halves(seam: Seam) -> Results:
     gates = seam.h_post if seam.spec.single_pass else None
     u, h_post, h_res, saved = launch.pre(out, *parameters, seam.spec, shapes, gates)
     d_next, *inner = seam.grads
-    given = (*inner, out, *parameters, saved, seam.spec, d_next, gates)
-    d_out, *grads, dgates = launch.pre_backward(*given)
+    given = (*inner, out, *parameters, saved, seam.spec, d_next)
+    d_out, *grads, dgates = launch.pre_backward(*given, gates=gates)
     dX, df, dh_post, dh_res = launch.post_backward(d_out, seam.X, seam.f, *mappings, seam.spec)
     if gates is not None:
         assert not dh_post[..., : gates.shape[-1] // 2].any()
