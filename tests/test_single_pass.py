@@ -106,8 +106,10 @@ def by_hand(net: Net, x: torch.Tensor) -> list[torch.Tensor]:
 # ------------------------------------------------------------------------------- the network
 
 
-@pytest.mark.parametrize("constraint", ["sinkhorn", "sinkhorn_softmax", "identity", "kronecker"])
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    ("constraint", "dynamic"),
+    [("sinkhorn", True), ("sinkhorn_softmax", True), ("kronecker", False), ("identity", False)],
+)
 def test_conversion_preserves_outputs_and_gradients(constraint: str, dynamic: bool) -> None:
     model, x = Net(2), example()
     expected = run(model, model, x)
@@ -155,7 +157,7 @@ def test_streams_separate_in_training_and_every_parameter_gets_a_gradient() -> N
     assert max(site.spread for site in report.sites) > 1e-3
 
 
-@pytest.mark.parametrize("recompute", ["auto", 1, 2, "off"])
+@pytest.mark.parametrize("recompute", ["auto", 1])
 def test_recomputed_blocks_give_the_same_bits(recompute: Any) -> None:
     x = example()
     model = converted(Net(3), x, **QUICK)
@@ -241,7 +243,7 @@ def test_weights_cross_a_graph_break_and_other_shapes() -> None:
     x = example()
     model = converted(Breaking(2), x, **QUICK)
     step = torch.compile(model, backend="mhc", dynamic=True, options={"inner": "aot_eager"})
-    for shape in ((2, 5), (3, 4), (6, 7)):
+    for shape in ((2, 5), (6, 7)):
         x = example(*shape)
         found = run(step, model, x)
         assert_same(found, run(lambda x: model.head(by_hand(model, x)[-1]), model, x))

@@ -24,9 +24,10 @@ from tests.kernels.triton.sites import (
 )
 
 FOUR = SiteSpec(streams=4, single_pass=True)
-SITES = [
-    ("sinkhorn", 4), ("sinkhorn_softmax", 3), ("identity", 2), ("permutations", 3),
-    ("kronecker", 2), ("orthogonal", 3), ("sinkhorn_exp", 1),
+SITES = [("sinkhorn", 3), ("identity", 2)]
+MORE_SITES = [
+    ("sinkhorn", 4), ("sinkhorn_softmax", 3), ("permutations", 3), ("kronecker", 2),
+    ("orthogonal", 3), ("sinkhorn_exp", 1), ("sinkhorn", 6), ("kronecker", 8),
 ]  # fmt: skip
 SHAPES = [(1, 16), (3, 129), (37, 200)]
 
@@ -43,7 +44,10 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("whole", [True, False], ids=["one launch", "scan and mix"])
-@pytest.mark.parametrize(("name", "n"), SITES)
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [*SITES, *(pytest.param(*site, marks=pytest.mark.slow) for site in MORE_SITES)],
+)
 def test_every_op_follows_float64(
     name: str, n: int, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +63,7 @@ def test_every_op_follows_float64(
 @pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize(("tokens", "channels"), SHAPES)
 def test_every_shape_is_written_whole(tokens: int, channels: int) -> None:
-    seam = make_seam(make_spec("kronecker", 2, single_pass=True), tokens, channels)
+    seam = make_seam(make_spec("identity", 2, single_pass=True), tokens, channels)
     exact = exact_seam(seam)
     check(run_seam(seam), exact)
     check(run_halves(seam), exact)
@@ -68,7 +72,7 @@ def test_every_shape_is_written_whole(tokens: int, channels: int) -> None:
 
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("_poisoned_memory")
-@pytest.mark.parametrize(("name", "n"), [("sinkhorn", 3), ("identity", 2)])
+@pytest.mark.parametrize(("name", "n"), SITES)
 def test_static_sites_follow_float64(name: str, n: int) -> None:
     seam = make_seam(make_spec(name, n, dynamic=False, single_pass=True), 9, 48)
     exact = exact_seam(seam)
@@ -78,19 +82,9 @@ def test_static_sites_follow_float64(name: str, n: int) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.slow
-@pytest.mark.usefixtures("_poisoned_memory")
-@pytest.mark.parametrize(("name", "n"), [("sinkhorn", 6), ("kronecker", 8)])
-def test_many_streams_follow_float64(name: str, n: int) -> None:
-    seam = make_seam(make_spec(name, n, single_pass=True), 19, 264)
-    check(run_seam(seam), exact_seam(seam))
-    check(run_halves(seam), exact_seam(seam))
-
-
-@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_streams_only_carry_the_rounding_of_the_outputs(dtype: torch.dtype) -> None:
-    seam = make_seam(make_spec("sinkhorn", 3, single_pass=True), 9, 72, dtype=dtype)
+    seam = make_seam(make_spec("kronecker", 2, single_pass=True), 9, 72, dtype=dtype)
     found, exact = run_seam(seam), exact_seam(seam)
     far = errors(found, exact)
     rounding = error(exact["next"].to(dtype), exact["next"])
@@ -100,14 +94,14 @@ def test_half_streams_only_carry_the_rounding_of_the_outputs(dtype: torch.dtype)
 
 @pytest.mark.interpreted
 def test_two_runs_give_bitwise_the_same() -> None:
-    seam = make_seam(make_spec("kronecker", 2, single_pass=True), 19, 24)
+    seam = make_seam(make_spec("identity", 2, single_pass=True), 19, 24)
     first, second = run_seam(seam), run_seam(seam)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.interpreted
 def test_scan_and_mix_give_the_bits_of_one_launch_for_u(monkeypatch: pytest.MonkeyPatch) -> None:
-    seam = make_seam(make_spec("sinkhorn", 2, single_pass=True), 19, 264)
+    seam = make_seam(make_spec("kronecker", 2, single_pass=True), 19, 264)
     apart = seam_outputs(seam)
     monkeypatch.setattr(site, "one_launch", lambda *_: True)
     whole = seam_outputs(seam)
