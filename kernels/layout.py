@@ -12,6 +12,9 @@ import torch
 
 from mhc_compile.errors import KernelError
 
+PreGradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gradients of X, phi, bias, alpha and gates: what ``mhc::pre_backward`` returns."""
+
 SeamGradients = tuple[
     torch.Tensor,
     torch.Tensor,

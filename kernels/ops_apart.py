@@ -48,6 +48,8 @@ from mhc_compile.kernels.spec import SiteSpec
 def _check_dynamic(op: str, site: SiteSpec) -> None:
     if not site.dynamic:
         raise KernelError(f"{op}: a static site has no phi; its backward cannot be taken apart")
+    if site.single_pass:
+        raise KernelError(f"{op}: the backward of a single pass is not taken apart")
 
 
 def _dz_shape(X: torch.Tensor, site: SiteSpec) -> list[int]:
@@ -88,7 +90,7 @@ def pre_backward_dz(
         `mhc_compile.kernels.layout.dz_width`); the gradients of ``bias`` and ``alpha``.
 
     Raises:
-        KernelError: the site is static; a shape, dtype or device does not fit.
+        KernelError: the site is static or a single pass; a shape, dtype or device does not fit.
     """
     op, site = "mhc::pre_backward_dz", SiteSpec.decode(spec)
     _check_dynamic(op, site)
@@ -96,8 +98,9 @@ def pre_backward_dz(
     given = (du, dh_post, dh_res, X, phi, bias, alpha, saved, site, dX_more)
     tensors = (du, dh_post, dh_res, phi, bias, alpha, saved)
     if kernels := launcher(op, site, X, *tensors, dX_more):
-        return kernels.pre_backward(*given, with_dz=True)
-    dX, grad_z, dbias, dalpha = gradients_but_phi(*given)
+        dX, dz, dbias, dalpha, _ = kernels.pre_backward(*given, with_dz=True)
+        return dX, dz, dbias, dalpha
+    dX, grad_z, dbias, dalpha, _ = gradients_but_phi(*given)
     return dX, _widened(grad_z, X, site), dbias, dalpha
 
 
@@ -166,7 +169,7 @@ def seam_backward_dz(
         of ``bias`` and ``alpha``.
 
     Raises:
-        KernelError: the site is static; a shape, dtype or device does not fit.
+        KernelError: the site is static or a single pass; a shape, dtype or device does not fit.
     """
     op, site = "mhc::seam_backward_dz", SiteSpec.decode(spec)
     _check_dynamic(op, site)
@@ -240,7 +243,7 @@ def phi_backward(
         The gradient, like ``phi``.
 
     Raises:
-        KernelError: the site is static; a shape, dtype or device does not fit.
+        KernelError: the site is static or a single pass; a shape, dtype or device does not fit.
     """
     op, site = "mhc::phi_backward", SiteSpec.decode(spec)
     _check_phi_backward(op, dz, X, f, h_post, h_res, phi, site)
@@ -317,7 +320,7 @@ def post_backward_branch(
 def _check_branch(op: str, dY: torch.Tensor, h_post: torch.Tensor, site: SiteSpec) -> None:
     check_state(op, dY, site.streams, site.dim)
     tokens = token_shape(dY.shape, site.dim) if site.dynamic else []
-    check_tensor(op, "h_post", h_post, [*tokens, site.streams], dY)
+    check_tensor(op, "h_post", h_post, [*tokens, site.gates], dY)
 
 
 @post_backward_branch.register_fake

@@ -181,6 +181,8 @@ def _check_collapse(
         raise KernelError(f"{op}: mode={mode!r} is not allowed: use {', '.join(COLLAPSE_MODES)}")
     check_state(op, X, site.streams, site.dim)
     learned = mode == "learned"
+    if learned and site.single_pass:
+        raise KernelError(f"{op}: a single pass has no learned head; mhc::read takes its weights")
     wanted = {"phi": learned and site.dynamic, "bias": learned, "alpha": learned and site.dynamic}
     n, width = site.streams, site.streams * X.shape[site.dim]
     shapes = {"phi": [width, n], "bias": [n], "alpha": [1]}

@@ -37,7 +37,7 @@ def check_post(
     check_state(op, X, site.streams, site.dim)
     check_tensor(op, "the branch output", f, narrow_shape(X.shape, site.dim), X)
     n, tokens = site.streams, token_shape(X.shape, site.dim) if site.dynamic else []
-    check_tensor(op, "h_post", h_post, [*tokens, n], X)
+    check_tensor(op, "h_post", h_post, [*tokens, site.gates], X)
     check_tensor(op, "h_res", h_res, [*(tokens if constraint.mixes else []), n, n], X)
 
 
@@ -50,7 +50,7 @@ def post(
     Args:
         X: the state, ``[..., n, C]`` (`mhc_compile.kernels.layout` has the other layouts).
         f: the branch output, of the un-widened shape, any floating dtype.
-        h_post: second output of ``mhc::pre``.
+        h_post: second output of ``mhc::pre``; where it holds H_pre as well, that is not read.
         h_res: third output of ``mhc::pre``, [out, in]; not read if the constraint does not mix.
         spec: `SiteSpec.encode`.
 
@@ -69,7 +69,8 @@ def post(
         x = state_to_tokens(X, site.dim, dtype)
         branch = narrow_to_tokens(f, site.dim, dtype)
         carried = mix(h_res.to(dtype).reshape(-1, n, n), x) if constraint_of(site).mixes else x
-        out = torch.addcmul(carried, h_post.to(dtype).reshape(-1, n, 1), branch[:, None])
+        weights = h_post[..., -n:].to(dtype).reshape(-1, n, 1)
+        out = torch.addcmul(carried, weights, branch[:, None])
     return tokens_to_state(out, X, site.dim)
 
 
@@ -122,7 +123,7 @@ def gradient_of_branch(
     exact, n = coefficient_dtype(dY), site.streams
     with torch.autocast(dY.device.type, enabled=False):
         g = state_to_tokens(dY, site.dim, exact)
-        grad = mix(h_post.to(exact).reshape(-1, 1, n), g).squeeze(1)
+        grad = mix(h_post[..., -n:].to(exact).reshape(-1, 1, n), g).squeeze(1)
     return tokens_to_narrow(grad, narrow_shape(dY.shape, site.dim), site.dim, dtype)
 
 
@@ -148,6 +149,7 @@ def gradients_but_branch(
         else:
             grad_x, grad_res = g, torch.zeros_like(h_res)
         grad_post = grad_post.sum(0) if static else grad_post
+        grad_post = torch.nn.functional.pad(grad_post, (site.gates - n, 0))
     state = tokens_to_state(grad_x, X, site.dim)
     return (
         state.clone() if grad_x is g else state,  # an op's output must not be its input

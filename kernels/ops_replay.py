@@ -59,7 +59,7 @@ def replay(
 
     Raises:
         KernelError: a shape, dtype or device does not fit; the lists do not fit each other; the
-            mappings are static.
+            mappings are static, or those of a single pass.
     """
     site = SiteSpec.decode(spec)
     _check(X, f, h_post, h_res, saved, bias, alpha, site)
@@ -104,6 +104,8 @@ def _check(
     op = "mhc::replay"
     if not site.dynamic:
         raise KernelError(f"{op}: static mappings have nothing to replay from: use mhc::post")
+    if site.single_pass:
+        raise KernelError(f"{op}: a single pass reads by its h_post: use mhc::seam")
     posts, reads = {len(f), len(h_post), len(h_res)}, {len(saved), len(bias), len(alpha)}
     if len(posts) != 1 or len(reads) != 1 or len(saved) - len(f) not in (0, 1) or not saved:
         raise KernelError(

@@ -42,7 +42,8 @@ def seam(
         phi: parameters of the next site, as for `pre`, like ``bias`` and ``alpha``.
         bias: see there.
         alpha: see there.
-        spec: `SiteSpec.encode`, the same for both sites.
+        spec: `SiteSpec.encode`, the same for both sites. In a single pass the next site reads the
+            streams with the H_pre in ``h_post``.
 
     Returns:
         The next state, and what `pre` gives for it: u, h_post, h_res and what it saves.
@@ -56,7 +57,7 @@ def seam(
         shapes = coefficient_shapes(X, site)
         return kernels.seam(X, f, h_post, h_res, phi, bias, alpha, site, shapes)
     X_next = post(X, f, h_post, h_res, spec)
-    return (X_next, *pre(X_next, phi, bias, alpha, spec))
+    return (X_next, *pre(X_next, phi, bias, alpha, spec, h_post if site.single_pass else None))
 
 
 def _check(
@@ -141,10 +142,13 @@ def seam_backward(
     if kernels := launcher(op, site, X, *tensors, branch=f):
         return kernels.seam_backward(*grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
     X_next = post(X, f, h_post, h_res, spec)
-    dX, dphi, dbias, dalpha = pre_backward(
-        du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec
+    gates = h_post if site.single_pass else None
+    dX, dphi, dbias, dalpha, dgates = pre_backward(
+        du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec, gates=gates
     )
-    return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
+    dX, df, dh_post, dh_res = post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec)
+    dh_post = dh_post if gates is None else dh_post.add_(dgates)
+    return dX, df, dh_post, dh_res, dphi, dbias, dalpha
 
 
 def check_seam_backward(

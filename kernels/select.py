@@ -11,7 +11,7 @@ import torch
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels.cpp import launch as cpp_launch
 from mhc_compile.kernels.cpp import select as cpp
-from mhc_compile.kernels.layout import SeamGradients
+from mhc_compile.kernels.layout import PreGradients, SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch as triton_launch
 from mhc_compile.kernels.triton import select as triton
@@ -33,8 +33,9 @@ class Launcher(Protocol):
         alpha: torch.Tensor | None,
         spec: SiteSpec,
         shapes: Sequence[Sequence[int]],
+        gates: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``mhc::pre``."""
+        """``mhc::pre``; a single pass has gates."""
 
     def pre_backward(
         self,
@@ -49,8 +50,17 @@ class Launcher(Protocol):
         spec: SiteSpec,
         dX_more: torch.Tensor | None = None,
         with_dz: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``mhc::pre_backward``, or ``mhc::pre_backward_dz``."""
+        gates: torch.Tensor | None = None,
+    ) -> PreGradients:
+        """``mhc::pre_backward``, or ``mhc::pre_backward_dz``; a single pass has gates."""
+
+    def read(self, X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+        """``mhc::read``."""
+
+    def read_backward(
+        self, du: torch.Tensor, X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``mhc::read_backward``."""
 
     def post(
         self,

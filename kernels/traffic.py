@@ -24,6 +24,8 @@ def least_rows(streams: int) -> dict[str, int]:
         "phi_backward": n,  # X
         "post": n + 1 + n,  # X, f -> X'
         "post_backward": 2 * n + 1 + n + 1,  # dX', X, f -> dX, df
+        "read": n + 1,  # X -> u
+        "read_backward": n + 1 + n,  # X, du -> dX
         "post_backward_branch": n + 1,  # dX' -> df
         "post_backward_state": 2 * n + 1 + n,  # dX', X, f -> dX
         "seam": n + 1 + n + 1,  # X, f -> X', u

@@ -33,6 +33,8 @@ class Analysis:
     """Hand-written hyper-connections: those that are mhc ops now, and those that stay."""
     is_partial: bool = False
     """Whether a graph break makes the graph only a part of its function."""
+    single_pass: bool = False
+    """Whether sites are to read by the weights of the site before, see `plan_trunks`."""
 
     def host_of(self, planned: PlannedSite) -> nn.Module:
         """The module that keeps a planned site."""
@@ -48,6 +50,7 @@ def analyse(
     observe: Observer | None = None,
     *,
     kernels: str = "auto",
+    single_pass: bool = False,
 ) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
 
@@ -59,6 +62,7 @@ def analyse(
         refuse: given all hosted sites, the ones to leave alone and why.
         observe: sees the graph as captured ("before"), and after each change.
         kernels: what computes the ops in the place of hand-written hyper-connections.
+        single_pass: as in `MHCConfig`; the plan depends on it.
     """
     if observe is not None:
         observe("before", gm)
@@ -72,7 +76,8 @@ def analyse(
         gm.recompile()
         residuals = find_residuals(gm.graph)
     hosted = hosted_sites(residuals, resolve)
-    return _planned(Analysis(gm, residuals, hosted, Plan(), markers, chains), refuse)
+    analysis = Analysis(gm, residuals, hosted, Plan(), markers, chains, single_pass=single_pass)
+    return _planned(analysis, refuse)
 
 
 def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> Analysis:
@@ -83,7 +88,10 @@ def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> A
 def _planned(analysis: Analysis, refuse: Refuse) -> Analysis:
     refused = dict(refuse(analysis.hosted))
     refused.update({site.index: site.refusal for site in analysis.hosted if site.refusal})
-    return replace(analysis, plan=plan_trunks(analysis.gm.graph, analysis.residuals, refused))
+    plan = plan_trunks(
+        analysis.gm.graph, analysis.residuals, refused, single_pass=analysis.single_pass
+    )
+    return replace(analysis, plan=plan)
 
 
 def refuse_filtered(

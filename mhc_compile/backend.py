@@ -109,14 +109,21 @@ def compile_frame(
     record = recorder.start() if recorder is not None else None
     observe = record.observe if record is not None else None
     frame = Frame.current(gm)
+    config = settle_options(frame.modules.values(), given, config)
     matches = Matches(frame, config)
     copy, where = copy_captured(gm)
     resolve = resolve_by_id(frame.modules, frame.root)
-    analysis = analyse(copy, resolve, matches.refuse, observe, kernels=config.kernels)
+    analysis = analyse(
+        copy,
+        resolve,
+        matches.refuse,
+        observe,
+        kernels=config.kernels,
+        single_pass=config.single_pass,
+    )
     examples = [example_of(node) for node in _inputs(gm)]
     if record is not None:
         record.analysed(analysis, frame, config, examples)
-    config = settle_options(frame.modules.values(), given, config)
     matches.check(analysis)
     known = len(matches.records)
     convert_now(analysis, matches, frame, config, examples)

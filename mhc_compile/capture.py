@@ -59,6 +59,8 @@ def capture_model(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     refuse: Refuse,
+    *,
+    single_pass: bool = False,
 ) -> Capture:
     """Trace ``model(*args, **kwargs)`` and analyse every graph of it.
 
@@ -71,10 +73,11 @@ def capture_model(
             what it is.
     """
     capture = Capture()
+    collector = _Collector(model, capture, refuse, single_pass)
     reset_dynamo()
     try:
         with _untouched(model), watch_breaks() as capture.breaks:
-            torch.compile(model, backend=_Collector(model, capture, refuse))(*args, **kwargs)
+            torch.compile(model, backend=collector)(*args, **kwargs)
     except Exception as error:
         cause = error.__cause__ or error.__context__
         ours = error if isinstance(error, MHCError) else getattr(error, "inner_exception", cause)
@@ -104,10 +107,13 @@ def _failure(model: nn.Module, error: Exception) -> str:
 class _Collector:
     """A backend that analyses each graph and then runs it as it is."""
 
-    def __init__(self, model: nn.Module, capture: Capture, refuse: Refuse) -> None:
+    def __init__(
+        self, model: nn.Module, capture: Capture, refuse: Refuse, single_pass: bool
+    ) -> None:
         self.parameters = ParameterOwners(model)
         self.capture = capture
         self.refuse = refuse
+        self.single_pass = single_pass
         self.__name__ = "mhc_collector"
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -115,7 +121,8 @@ class _Collector:
         copy, _ = copy_captured(gm)
         self.capture.graphs += 1
         refuse = self._refuse_in(frame)
-        analysis = analyse(copy, resolve_by_id(frame.modules, frame.root), refuse)
+        resolve = resolve_by_id(frame.modules, frame.root)
+        analysis = analyse(copy, resolve, refuse, single_pass=self.single_pass)
         analysis.is_partial = frame.is_partial
         examples = [example_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
         runner, _ = copy_captured(gm)

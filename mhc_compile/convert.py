@@ -40,7 +40,11 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     config = select_sites(config, model, args, kwargs)
     names = _names(model)
     capture = capture_model(
-        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
+        model,
+        args,
+        kwargs,
+        lambda hosted: refuse_filtered(hosted, config, names),
+        single_pass=config.single_pass,
     )
     return build_report(model, capture, config, site_uses(capture), converted=already is not None)
 
@@ -80,7 +84,11 @@ def convert_(
         )
     names = _names(model)
     capture = capture_model(
-        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
+        model,
+        args,
+        kwargs,
+        lambda hosted: refuse_filtered(hosted, config, names),
+        single_pass=config.single_pass,
     )
     uses = site_uses(capture)
     if already is None:

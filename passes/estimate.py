@@ -200,7 +200,7 @@ def _mhc_flops(node: Node) -> int:
     names = (argument.name for argument in node.target._schema.arguments)
     given = dict(zip(names, node.args, strict=False))  # those with a default may be missing
     sizes = {name: _shape(value_of(arg)) for name, arg in given.items() if isinstance(arg, Node)}
-    if op not in ("pre", "post", "seam", "collapse", "replay"):
+    if op not in ("pre", "post", "seam", "collapse", "read", "replay"):
         return 0
     if op == "collapse" and "bias" not in sizes:
         return 0
@@ -211,6 +211,7 @@ def _mhc_flops(node: Node) -> int:
     width = sizes["bias"][0] if "phi" in sizes else 0
     post = elements * (2 * n + 2)  # H_res X, and H_post f added
     pre = elements * (2 * width + 2)  # vec(X) phi, and H_pre X
-    forward = {"pre": pre, "post": post, "seam": pre + post, "collapse": pre}[op]
+    costs = {"pre": pre, "post": post, "seam": pre + post, "collapse": pre, "read": 2 * elements}
+    forward = costs[op]
     again = {"seam": post, "collapse": pre}.get(op, 0)  # what the backward did not keep: X', z
     return 2 * forward + again if backward else forward

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.lane import NotLiftable
-from mhc_compile.passes.lanes import plan_lane
+from mhc_compile.passes.lanes import keeps_tokens, plan_lane
 from mhc_compile.passes.layout import channel_axis
 from mhc_compile.passes.sites import Residuals, ResidualSite
 from mhc_compile.passes.trunks import RootSearch, branch_nodes
@@ -77,20 +77,31 @@ class Plan:
     """Channel axis of every value that gets an n-stream twin."""
 
 
-def plan_trunks(graph: Graph, residuals: Residuals, refused: Mapping[int, str]) -> Plan:
+def plan_trunks(
+    graph: Graph, residuals: Residuals, refused: Mapping[int, str], *, single_pass: bool = False
+) -> Plan:
     """Plan the rewrite of ``graph``.
 
     Args:
         graph: canonicalized.
         residuals: what `find_residuals` says of it.
         refused: site index -> reason, for sites the caller leaves out (excluded, no owner, ...).
+        single_pass: each site reads the streams by weights of the site before, token by token:
+            where the trunk moves its tokens, it ends and another one starts.
     """
-    return _Planner(graph, residuals, refused).run()
+    return _Planner(graph, residuals, refused, single_pass).run()
 
 
 class _Planner:
-    def __init__(self, graph: Graph, residuals: Residuals, refused: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        residuals: Residuals,
+        refused: Mapping[int, str],
+        single_pass: bool,
+    ) -> None:
         self.graph = graph
+        self.single_pass = single_pass
         self.residuals = residuals
         self.aliases = AliasIndex(graph)
         self.flow = FlowIndex(graph)
@@ -182,6 +193,10 @@ class _Planner:
             if isinstance(planned, NotLiftable):
                 return f"the skip has no per-stream form: {planned.reason}"
             new[value] = planned
+            if self.single_pass and not keeps_tokens(value, known):
+                return (
+                    f"the skip moves tokens ({describe(value)}), and single_pass has weights each"
+                )
         new[site.root] = known[site.skip]
         is_entry = trunk is None
         if trunk is None:
@@ -205,6 +220,8 @@ class _Planner:
             if isinstance(planned, NotLiftable) or self.aliases.is_written(node):
                 return None
             new[node] = planned
+            if self.single_pass and not keeps_tokens(node, known):
+                return None
         return new if root in known else None
 
     def _crosses_branch(self, index: int, previous: int, region: tuple[Node, ...]) -> bool:

@@ -40,8 +40,9 @@ def keep_mappings_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassRe
     """Mark the mappings of sites that the backward makes again to be kept, in place.
 
     The partitioner keeps no part of an op that it has to recompute, so mappings are copied and the
-    copies are kept; `replay_sites_pass` takes them out again. Left alone: static sites, and those
-    in regions of the user, where the branch itself is made again.
+    copies are kept; `replay_sites_pass` takes them out again. Left alone: static sites and single
+    passes, which no replay makes, and sites in regions of the user, where the branch itself is made
+    again.
 
     Args:
         gm: a graph of AOTAutograd before its partitioner.
@@ -80,14 +81,15 @@ def replay_sites_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassRes
 
 
 def _sites(gm: GraphModule) -> Iterator[Node]:
+    """Every site that a replay knows how to make."""
     for node in gm.graph.nodes:
-        if node.target in _READ:
+        if node.target in _READ and spec_of(node).dynamic and not spec_of(node).single_pass:
             yield node
 
 
 def _is_ours(site: Node) -> bool:
     """Whether a site is recomputed, and the branches before and behind it are not."""
-    if not _is_recomputed(site) or not spec_of(site).dynamic:
+    if not _is_recomputed(site):
         return False
     readers = [user for part in _mappings(site) for user in part.users]
     branches = [node.args[1] for node in (site, *readers) if node.target in (POST, SEAM)]
@@ -176,7 +178,7 @@ def _replayed(gm: GraphModule) -> Iterator[tuple[Node, _Site]]:
             saved[target, node.args[arguments]] = node.args[arguments.stop]
     for node in _sites(gm):
         kept = saved.get((node.target, node.args[:-1]))
-        if kept is None or not spec_of(node).dynamic:
+        if kept is None:
             continue
         read = [part for part in node.users if part.users]
         if all(0 <= _position(part) <= _READ[node.target] for part in read):

@@ -36,7 +36,8 @@ def split_sites_pass(
     """Split every site of a lowered graph that gains by it, in place.
 
     Left alone: static sites, which have nothing to compute; constraints with gates or norms of
-    their own; sites without a collective between u and the post-mix.
+    their own; single passes, whose point is to read the streams once; sites without a collective
+    between u and the post-mix.
 
     Args:
         gm: a functional graph of ATen operations, as AOTAutograd makes it.
@@ -65,6 +66,7 @@ def _has_halves(node: Node) -> bool:
     spec = spec_of(node)
     constraint = constraint_of(spec)
     same = spec.dynamic and constraint.gate == "sigmoid" and not constraint.per_stream
+    same = same and not spec.single_pass
     return same and bool(_parts(node, _first(node)))
 
 

@@ -54,7 +54,8 @@ static void map_block(const vec* z, const vec* inverse, const float* bias, const
   for (int i = 0; i < N; ++i) pre[i] = pre_gate(h[i]);                  // (17)
   if (SITE) {
     for (int i = 0; i < N; ++i) post[i] = post_gate(h[N + i]);  // (18)
-    put_lanes<N>(to.h_post + t * N, count, post);
+    put_lanes<N>(to.h_post + t * GATES + GATES - N, count, post, GATES);
+    if (GATES > N) put_lanes<N>(to.h_post + t * GATES, count, pre, GATES);
   }
   if (MIXES) {
     matrix(h + 2 * N, res);  // (19)
@@ -62,6 +63,11 @@ static void map_block(const vec* z, const vec* inverse, const float* bias, const
   }
   put_lanes<M>(to.saved + t * (M + S), count, z, M + S);
   put_lanes<S>(to.saved + t * (M + S) + M, count, inverse, M + S);
+}
+
+// In a single pass H_pre is that of the site before, in front of its H_post.
+INLINE void take_given(const float* gates, const Block& block, vec* pre) {
+  if (GATES > N) get_lanes<N>(gates + block.first * GATES, block.count, pre, GATES);
 }
 
 // u of the tokens of a block.
@@ -94,10 +100,12 @@ struct Through {
   }
 };
 
-// `dots` are the products of du with the streams, channels in the lanes still.
+// `dots` are the products of du with the streams, channels in the lanes still: the gradient of H_pre,
+// which in a single pass came in `gates` and goes to `dgates`.
 static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* dh_post,
                                const float* dh_res, const float* saved, const float* bias,
-                               const float* alpha, const Block& block, Shared& sums, Through& to) {
+                               const float* alpha, const float* gates, float* dgates,
+                               const Block& block, Shared& sums, Through& to) {
   const long t = block.first;
   const int count = block.count;
   vec z[M], inverse[S], hidden[M], h[M], dh[M];
@@ -107,13 +115,20 @@ static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* d
     hidden[m] = bounded(z[m] * inverse[m % S]);
     h[m] = alpha[group(m)] * hidden[m] + bias[m];
   }
+  vec g_pre[N];
   for (int i = 0; i < N; ++i) {
     to.pre[i] = pre_gate(h[i]);
-    dh[i] = pre_gate_backward(lane_sums(dots[i]), h[i]);
+    g_pre[i] = lane_sums(dots[i]);
   }
+  if (GATES > N) {
+    take_given(gates, block, to.pre);
+    put_lanes<N>(dgates + t * GATES, count, g_pre, GATES);
+    get_lanes<N>(dh_post + t * GATES, count, g_pre, GATES);
+  }
+  for (int i = 0; i < N; ++i) dh[i] = pre_gate_backward(g_pre[i], h[i]);
   if (SITE) {
     vec g_post[N];
-    get_lanes<N>(dh_post + t * N, count, g_post);
+    get_lanes<N>(dh_post + t * GATES + GATES - N, count, g_post, GATES);
     for (int i = 0; i < N; ++i) dh[N + i] = post_gate_backward(g_post[i], h[N + i]);
   }
   if (MIXES) {

@@ -73,7 +73,9 @@ def site_source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
     n = spec.streams
     texts: tuple[str, ...]
     if part == "ends":
-        texts = (_streams(n, dtype), _read_streams(n), _sum_streams(n))
+        apart = spec.gates if spec.single_pass and spec.dynamic else 0
+        weights = f"constexpr long WEIGHTS = {apart};\n"
+        texts = (_streams(n, dtype), weights, _read_streams(n), _sum_streams(n))
     elif part == "sinkhorn":
         texts = (_streams(n, dtype), constraint_of(spec).cpp(spec))
     elif part == "head":
@@ -102,7 +104,11 @@ def _streams(n: int, dtype: torch.dtype) -> str:
 def _site(spec: SiteSpec) -> str:
     constraint, n = constraint_of(spec), spec.streams
     k, norms = constraint.logits(n), n if constraint.per_stream else 1
-    mixes = f"constexpr bool MIXES = {_flag(constraint.mixes)};\n"
+    before = "H_pre and " if spec.single_pass else ""
+    mixes = f"""\
+constexpr bool MIXES = {_flag(constraint.mixes)};
+constexpr int GATES = {spec.gates};  // numbers of a token in h_post: {before}H_post
+"""
     if not spec.dynamic:
         return f"""\
 // Static site with constraint {spec.constraint}.
@@ -123,7 +129,7 @@ def _head(spec: SiteSpec) -> str:
     return f"""\
 // Learned collapse: H_pre alone.
 constexpr bool SITE = false, MIXES = false;
-constexpr int M = N, GROUPS = 1, S = 1;  // logits, their scales, norms per token
+constexpr int M = N, GROUPS = 1, S = 1, GATES = N;  // logits, their scales, norms per token
 constexpr int WORK = N;  // stride of dz, which a head never leaves for later
 constexpr float NORM_EPS = {literal(spec.norm_eps)};
 """

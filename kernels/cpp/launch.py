@@ -8,6 +8,8 @@ from mhc_compile.kernels.cpp.launch_apart import phi_backward
 from mhc_compile.kernels.cpp.launch_ends import (
     collapse,
     collapse_backward,
+    read,
+    read_backward,
     sinkhorn,
     sinkhorn_backward,
 )
@@ -32,6 +34,8 @@ __all__ = [
     "post_backward_state",
     "pre",
     "pre_backward",
+    "read",
+    "read_backward",
     "replay",
     "seam",
     "seam_backward",

@@ -38,7 +38,8 @@ def seam(
     if phi is None or alpha is None:
         # Without a projection there is little to share between the two halves.
         X_next = post(X, f, h_post, h_res, spec)
-        return (X_next, *pre(X_next, phi, bias, alpha, spec, shapes))
+        gates = h_post if spec.single_pass else None
+        return (X_next, *pre(X_next, phi, bias, alpha, spec, shapes, gates))
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
     tokens, channels = size_of(rows)
     out, u = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
@@ -70,10 +71,13 @@ def seam_backward(
     """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
     if phi is None or alpha is None:
         X_next = post(X, f, h_post, h_res, spec)
-        dX, dphi, dbias, dalpha = pre_backward(
-            du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec
+        gates = h_post if spec.single_pass else None
+        dX, dphi, dbias, dalpha, dgates = pre_backward(
+            du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec, gates=gates
         )
-        return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
+        dX, df, dh_post, dh_res = post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec)
+        dh_post = dh_post if gates is None else dh_post.add_(dgates)
+        return dX, df, dh_post, dh_res, dphi, dbias, dalpha
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
     tokens, channels = size_of(rows)
     dX, df = rows.new_empty(rows.shape), branch.new_empty(branch.shape)

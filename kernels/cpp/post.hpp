@@ -2,7 +2,7 @@
 
 // Where the mappings of a token stand; static ones are the same for all, and some have no matrix.
 INLINE const float* token_post(const float* h_post, long t) {
-  return DYNAMIC ? h_post + t * N : h_post;
+  return h_post + (DYNAMIC ? t * GATES : 0) + GATES - N;
 }
 INLINE const float* token_res(const float* h_res, long t) {
   return !MIXES ? nullptr : DYNAMIC ? h_res + t * N * N : h_res;
@@ -39,7 +39,7 @@ INLINE void write_token_backward(const G* g, long g_stride, const stream_t* x, c
 }
 
 INLINE void put_dots(const float* sums, float* dp, float* dr) {
-  std::memcpy(dp, sums + DOTS - N, N * sizeof(float));
+  std::memcpy(dp + GATES - N, sums + DOTS - N, N * sizeof(float));
   if (MIXES) std::memcpy(dr, sums, N * N * sizeof(float));
 }
 
@@ -68,7 +68,7 @@ extern "C" void mhc_post_backward(const stream_t* dY, const stream_t* X, const s
                            token_post(h_post, t), token_res(h_res, t), dX + t * row,
                            dF ? dF + t * channels : unread, sums, channels, streamed);
       if (DYNAMIC)
-        put_dots(sums, dh_post + t * N, dh_res + (MIXES ? t * N * N : 0));
+        put_dots(sums, dh_post + t * GATES, dh_res + (MIXES ? t * N * N : 0));
       else
         for (int i = 0; i < DOTS; ++i) own[i] += sums[i];
     }

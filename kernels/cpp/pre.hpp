@@ -7,8 +7,8 @@ extern "C" long mhc_pre_workspace(long channels, int threads) {
 }
 
 extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, const float* alpha,
-                        stream_t* U, float* h_post, float* h_res, float* saved, float* workspace,
-                        long tokens, long channels, int threads) {
+                        const float* gates, stream_t* U, float* h_post, float* h_res, float* saved,
+                        float* workspace, long tokens, long channels, int threads) {
   const Sizes size(channels);
 #pragma omp parallel num_threads(threads)
   {
@@ -24,6 +24,7 @@ extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, 
       vec z[M], inverse[S], pre[N];
       project_block(size, x, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {h_post, h_res, saved}, pre);
+      take_given(gates, block, pre);
       read_block(size, x, block, pre, U);
     }
   }
@@ -38,9 +39,9 @@ extern "C" long mhc_pre_backward_workspace(long channels, int threads) {
 extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const float* dh_res,
                                  const stream_t* X, const stream_t* dX_more, const float* phi,
                                  const float* bias, const float* alpha, const float* saved,
-                                 stream_t* dX, float* dphi, float* dbias, float* dalpha,
-                                 float* dz, float* workspace, long tokens, long channels,
-                                 int threads) {
+                                 const float* gates, stream_t* dX, float* dphi, float* dbias,
+                                 float* dalpha, float* dz, float* dgates, float* workspace,
+                                 long tokens, long channels, int threads) {
   const Sizes size(channels);
   float* const packed = workspace;
   float* const phi_sums = packed + size.phi;
@@ -76,7 +77,8 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
       }
       clear_after(x, size.stride, count);
       Through through;
-      map_block_backward(size, dots, dh_post, dh_res, saved, bias, alpha, block, sums, through);
+      map_block_backward(size, dots, dh_post, dh_res, saved, bias, alpha, gates, dgates, block,
+                         sums, through);
       if (dz) through.put(block, dz);
       const bool direct = in_place<stream_t>(channels, count);
       float* const dx = direct ? (float*)(dX + t * N * channels) : x;

@@ -40,6 +40,7 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
       const Rows rows{y, size.stride};
       project_block(size, rows, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {next_post, next_res, saved}, pre);
+      take_given(h_post, block, pre);
       read_block(size, rows, block, pre, U);
     }
     finish_streams();
@@ -98,8 +99,8 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
       }
       clear_after(y, size.stride, count);
       Through through;
-      map_block_backward(size, dots, dnext_post, dnext_res, saved, bias, alpha, block, sums,
-                         through);
+      map_block_backward(size, dots, dnext_post, dnext_res, saved, bias, alpha, h_post, dh_post,
+                         block, sums, through);
       if (dz) through.put(block, dz);
       Ahead ahead;
       block.look_ahead(ahead, dY, row);
@@ -116,7 +117,7 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
                              F + token * channels, token_post(h_post, token),
                              token_res(h_res, token), dX + token * row, dF + token * channels,
                              products, channels, streamed);
-        put_dots(products, dh_post + token * N, dh_res + (MIXES ? token * N * N : 0));
+        put_dots(products, dh_post + token * GATES, dh_res + (MIXES ? token * N * N : 0));
       }
     }
     finish_streams();

@@ -44,14 +44,19 @@ def load_row(spec: SiteSpec, i: int, token: str, read: str) -> Iterator[str]:
     """Of `load_mappings` those that X'_i is made with."""
     n = spec.streams
     post, res = (
-        (f"H_POST + {token} * {n}", f"H_RES + {token} * {n * n}")
+        (f"H_POST + {token} * {spec.gates}", f"H_RES + {token} * {n * n}")
         if spec.dynamic
         else ("H_POST", "H_RES")
     )
-    yield f"p{i} = {read.format(f'{post} + {i}')}"
+    yield f"p{i} = {read.format(f'{post} + {spec.gates - n + i}')}"
     if constraint_of(spec).mixes:
         for e in range(i * n, i * n + n):
             yield f"r{e} = {read.format(f'{res} + {e}')}"
+
+
+def given_weight(spec: SiteSpec, gates: str, i: int) -> str:
+    """Where a single pass finds H_pre[i] of the site before."""
+    return f"{gates} + t * {spec.gates} + {i}"
 
 
 def carried(spec: SiteSpec, i: int) -> list[str]:
@@ -155,9 +160,12 @@ def _post_backward(spec: SiteSpec, branch: bool) -> Kernel:
         yield from load_mappings(spec, "t", "tl.load({})")
         yield from (f"{name} = tl.zeros([BC // VECTOR], tl.float32)" for name in sums)
         yield from loop("for start in range(0, C, BC)", step())
-        yield from store_products(
-            spec, f"DH_POST + t * {n}", f"DH_RES + t * {n * n}", "tl.sum({}, 0)"
-        )
+        gates = spec.gates if spec.dynamic else n  # of a static site, what is added over tokens
+        post = f"DH_POST + t * {gates}"
+        if gates > n:
+            yield from (f"tl.store({post} + {i}, 0.0)" for i in range(n))
+            post = f"{post} + {n}"
+        yield from store_products(spec, post, f"DH_RES + t * {n * n}", "tl.sum({}, 0)")
 
     df = "df = sum_i H_post[i] dX'_i; " if branch else ""
     return Kernel(
@@ -175,12 +183,12 @@ def _post_backward(spec: SiteSpec, branch: bool) -> Kernel:
 
 def _post_backward_branch(spec: SiteSpec) -> Kernel:
     n = spec.streams
-    first = f"H_POST + t * {n}" if spec.dynamic else "H_POST"
+    first = f"H_POST + t * {spec.gates}" if spec.dynamic else "H_POST"
 
     def body() -> Iterator[str]:
         yield from block_of_one_token(n)
         yield from load_streams(n, "DY + row", "g")
-        yield from (f"p{i} = tl.load({first} + {i})" for i in range(n))
+        yield from (f"p{i} = tl.load({first} + {spec.gates - n + i})" for i in range(n))
         yield from assign("df", branch_returned(spec))
         yield "tl.store(DF + t * C + c, df, mask=live)"
 

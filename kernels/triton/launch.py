@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from mhc_compile.kernels.constraints import constraint_of
-from mhc_compile.kernels.layout import SeamGradients
+from mhc_compile.kernels.layout import PreGradients, SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch_matrix, launch_replay, launch_static
 from mhc_compile.kernels.triton.emit_backward import product_count
@@ -27,16 +27,22 @@ def pre(
     alpha: torch.Tensor | None,
     spec: SiteSpec,
     shapes: Sequence[Sequence[int]],
+    gates: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre``; ``shapes`` are those of h_post, h_res and saved."""
     site, maps = Site(spec, X), site_maps(spec)
     if phi is None or alpha is None:
-        return launch_static.pre(site, X, bias, shapes)
+        return launch_static.pre(site, X, bias, shapes, gates)
     u = X.new_empty((*X.shape[:-2], site.channels))
     h_post, h_res, saved = site.mappings(shapes)
     parameters = floats(phi, bias, alpha)
+    given = () if gates is None else floats(gates)
     if site.one_launch(maps):
-        site.run("pre", X, u, *parameters, h_post, h_res, saved)
+        site.run("pre", X, u, *given, *parameters, h_post, h_res, saved)
+    elif given:
+        partial = site.partial(maps)
+        site.run("pre_scan", X, u, *given, parameters[0], partial)
+        site.run("pre_mix", partial, *parameters[1:], h_post, h_res, saved)
     else:
         partial = site.partial(maps)
         site.run("pre_scan", X, parameters[0], partial)
@@ -56,23 +62,33 @@ def pre_backward(
     spec: SiteSpec,
     dX_more: torch.Tensor | None = None,
     with_dz: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``mhc::pre_backward``, or ``mhc::pre_backward_dz``."""
+    gates: torch.Tensor | None = None,
+) -> PreGradients:
+    """``mhc::pre_backward``, or ``mhc::pre_backward_dz``; the latter has no gates."""
     site, maps = Site(spec, X), site_maps(spec)
     if phi is None or alpha is None:
-        dX, *grads = launch_static.pre_backward(site, du, dh_post, dh_res, X, bias)
-        return (dX if dX_more is None else dX.add_(dX_more)), grads[0], grads[1], grads[2]
+        dX, dbias, dgates = launch_static.pre_backward(site, du, dh_post, dh_res, X, bias, gates)
+        dX = dX if dX_more is None else dX.add_(dX_more)
+        return dX, site.room(0), dbias, site.room(0), dgates
     dX = X.new_empty(X.shape)
     wide_phi, wide_bias, wide_alpha = floats(phi, bias, alpha)
     work, sums = site.work(maps)
-    grads = floats(dh_post, dh_res)
-    site.run("pre_backward_maps", X, du, wide_bias, wide_alpha, *floats(saved), *grads, work, sums)
-    if dX_more is None:
-        site.run("pre_backward_streams", du, X, dX, wide_phi, work)
+    mapped = (wide_bias, wide_alpha, *floats(saved, dh_post, dh_res), work, sums)
+    site.run("pre_backward_maps", *(() if maps.given else (X, du)), *mapped)
+    more = () if dX_more is None else (dX_more.to(X.dtype),)
+    kernel = "pre_more_backward_streams" if more else "pre_backward_streams"
+    dgates = site.room(0)
+    if gates is None:
+        site.run(kernel, du, X, *more, dX, wide_phi, work)
     else:
-        site.run("pre_more_backward_streams", du, X, dX_more.to(X.dtype), dX, wide_phi, work)
+        slices = site.blocks(site.channels, kernel, "BC")
+        products = site.room(slices, product_count(spec, seam=False), site.tokens)
+        site.run(kernel, du, X, *more, dX, *floats(gates), wide_phi, work, products)
+        dgates = torch.empty_like(gates, memory_format=torch.contiguous_format)
+        site.run("sum_weights", products, dgates, slices=slices)
     by_phi = _dz(work, saved) if with_dz else phi_backward(work, X, None, None, None, phi, spec)
-    return dX, by_phi, *site.sum_maps(maps, sums, bias, alpha)
+    dbias, dalpha = site.sum_maps(maps, sums, bias, alpha)
+    return dX, by_phi, dbias, dalpha, dgates
 
 
 def _dz(work: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
@@ -115,6 +131,10 @@ def seam(
     mappings, parameters = floats(h_post, h_res), floats(phi, bias, alpha)
     if site.one_launch(maps):
         site.run("seam", X, f, out, u, *mappings, *parameters, *results)
+    elif maps.given:
+        partial = site.partial(maps)
+        site.run("seam_scan", X, f, out, u, *mappings, parameters[0], partial)
+        site.run("pre_mix", partial, *parameters[1:], *results)
     else:
         partial = site.partial(maps)
         site.run("seam_scan", X, f, out, *mappings, parameters[0], partial)
@@ -148,7 +168,10 @@ def seam_backward(
     wide_phi, wide_bias, wide_alpha = floats(phi, bias, alpha)
     work, sums = site.work(maps)
     given = (wide_bias, wide_alpha, *floats(saved, dh_post_next, dh_res_next))
-    site.run("seam_backward_maps", X, f, du, *mappings, *given, work, sums)
+    if maps.given:
+        site.run("pre_backward_maps", *given, work, sums)
+    else:
+        site.run("seam_backward_maps", X, f, du, *mappings, *given, work, sums)
     slices = site.blocks(site.channels, "seam_backward_streams", "BC")
     products = site.room(slices, product_count(spec), site.tokens)
     streams = (dX_next, du, X, f, dX, df)
@@ -228,6 +251,29 @@ def _post_backward(
     dh_res = h_res.new_empty(h_res.shape) if mixes else h_res.new_zeros(h_res.shape)
     site.run(kernel, *given, dh_post, dh_res)
     return dX, dh_post, dh_res
+
+
+def read(X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::read``."""
+    site = Site(spec, X)
+    if not spec.dynamic:
+        return launch_static.read(site, X, gates)
+    u = X.new_empty((*X.shape[:-2], site.channels))
+    site.run("read_streams", X, u, *floats(gates))
+    return u
+
+
+def read_backward(
+    du: torch.Tensor, X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``mhc::read_backward``."""
+    site = Site(spec, X)
+    if not spec.dynamic:
+        return launch_static.read_backward(site, du, X, gates)
+    dX = X.new_empty(X.shape)
+    dgates = torch.empty_like(gates, memory_format=torch.contiguous_format)
+    site.run("read_streams_backward", du, X, dX, *floats(gates), dgates)
+    return dX, dgates
 
 
 def collapse(

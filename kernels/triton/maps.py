@@ -28,6 +28,8 @@ class Maps:
     mixes: bool
     pre_eps: float
     norm_eps: float
+    given: bool = False
+    """A single pass: the streams are weighed by numbers that came with the gates."""
 
     @property
     def width(self) -> int:
@@ -72,6 +74,7 @@ def site_maps(spec: SiteSpec) -> Maps:
         mixes=constraint.mixes,
         pre_eps=spec.pre_eps,
         norm_eps=spec.norm_eps,
+        given=spec.single_pass,
     )
 
 

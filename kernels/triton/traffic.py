@@ -32,6 +32,8 @@ _FORMS = {
         "seam_backward_maps seam_backward_streams seam_backward_phi",
         "static_seam_backward",
     ),
+    "read": ("read_streams", "static_pre"),
+    "read_backward": ("read_streams_backward", "static_pre_backward"),
     "seam_backward_dz": ("seam_backward_maps seam_backward_streams",),
     "phi_backward, seam": ("seam_backward_phi",),
     "replay": (replay_name(REPLAYED, REPLAYED + 1),),
@@ -63,11 +65,26 @@ def forms(spec: SiteSpec) -> list[Form]:
     known, least = kernels(spec), least_rows(spec.streams)
     found = []
     for op, texts in _FORMS.items():
-        for names in map(str.split, texts):
+        if not _is_for(op, spec):
+            continue
+        for text in texts:
+            names = [
+                name
+                for name in text.split()
+                # In a single pass these touch no streams.
+                if not (spec.single_pass and name.endswith(("_backward_maps", "_mix")))
+            ]
             if all(name in known for name in names):
                 rows = sum(kernel_rows(known[name], spec.streams) for name in names)
                 found.append(Form(op=op, kernels=tuple(names), rows=rows, least=least[op]))
     return found
+
+
+def _is_for(op: str, spec: SiteSpec) -> bool:
+    """Whether sites of this kind have an op: single passes read otherwise, and are not parted."""
+    if not spec.single_pass:
+        return not op.startswith("read")
+    return not op.startswith(("learned", "phi_backward")) and not op.endswith("_dz")
 
 
 def kernel_rows(kernel: Kernel, streams: int) -> int:

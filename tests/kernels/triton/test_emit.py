@@ -23,6 +23,10 @@ SPECS = {
         ),
         torch.bfloat16,
     ),
+    "triton_identity_2_single_pass.py.txt": (
+        SiteSpec(streams=2, constraint="identity", single_pass=True),
+        torch.bfloat16,
+    ),
     "triton_none_2.py.txt": (SiteSpec(streams=2, constraint="none"), torch.bfloat16),
     "triton_identity_4_static.py.txt": (
         SiteSpec(streams=4, constraint="identity", dynamic=False),
