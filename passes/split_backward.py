@@ -12,7 +12,8 @@ all that the branch waits for is df, a small part of post_backward:
 
 The overlap pass puts the second op behind the start of the collective. The estimate decides op by
 op whether a branch has its gradient earlier by it. What else runs in the window comes first there,
-the gradients of the branch's own weights: where they fill it, ops stay whole.
+the gradients of the branch's own weights: where they fill it, ops stay whole. So do those of single
+passes that read du.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,7 +86,7 @@ def _parts(node: Node) -> tuple[list[Node], list[Node]]:
     """The results of a backward op that a branch waits for, and those that can come later."""
     if node.target is _POST:
         return _taken(node, [_DF]), _taken(node, [0, 2, 3])
-    if node.target in _DPHI and spec_of(node).dynamic:
+    if node.target in _DPHI and spec_of(node).dynamic and not spec_of(node).single_pass:
         dphi = _taken(node, [_DPHI[node.target]])
         return [part for part in node.users if part not in dphi], dphi
     return [], []
@@ -140,6 +141,7 @@ def _but_phi(site: Node) -> tuple[Draft, tuple[Node, Node]]:
     """A pre_backward or seam_backward without the gradient of phi, and that."""
     draft, seam = Draft(site), site.target is _SEAM
     operands, values = draft.operands(), list(value_of(site))
+    values = values if seam else values[:4]  # the gradient of gates is for single passes
     X, phi, saved, spec = (operands[at] for at in ((4, 8, 11, 12) if seam else (3, 4, 7, 8)))
     before = operands[5:8] if seam else [None] * 3
     tokens = value_of(saved)
