@@ -216,6 +216,14 @@ def test_what_does_not_fit_is_refused(make_site: MakeSite) -> None:
     gates = torch.zeros(3, 4, dtype=torch.float64)
     with pytest.raises(KernelError, match="single_pass=False"):
         OPS.pre(site.X, *site.parameters, site.text, gates)
+    mappings = ([gates], [torch.eye(2).expand(3, 2, 2)], [torch.zeros(3, 9)])
+    parameters = ([site.bias], [site.alpha])
+    with pytest.raises(KernelError, match="use mhc::seam"):
+        OPS.replay(site.X, [site.f], *mappings, *parameters, single.encode())
+    with pytest.raises(KernelError, match="is not taken apart"):
+        OPS.phi_backward(gates, site.X, None, None, None, site.phi, single.encode())
+    with pytest.raises(KernelError, match="no learned head"):
+        OPS.collapse(site.X, None, site.bias[:2], None, "learned", single.encode())
     with pytest.raises(KernelError, match=r"gates has shape \(3, 2\).*needs \(3, 4\)"):
         OPS.pre(site.X, *site.parameters, single.encode(), gates[:, :2])
     unbounded = replace(single, constraint="none").encode()

@@ -128,6 +128,15 @@ def test_a_static_site_has_no_phi_and_its_post_comes_in_parts() -> None:
     assert all(map(torch.equal, gm(*args), expected))
 
 
+def test_of_a_single_pass_post_alone_comes_in_parts() -> None:
+    spec = SiteSpec(streams=2, single_pass=True, kernels="cpp")
+    gm, args = backward(spec), leaves(spec)
+    expected = gm(*args)
+    assert split(gm)
+    assert ops(gm) == [*PARTS[:2], *WHOLE[1:]]
+    assert all(map(torch.equal, gm(*args), expected))
+
+
 def test_a_branch_without_a_collective_leaves_all_whole() -> None:
     gm = backward(SiteSpec(streams=2), reduce=False)
     code = gm.code

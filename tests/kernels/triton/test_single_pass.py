@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton import site
+from mhc_compile.kernels.triton import launch, site
 from mhc_compile.kernels.triton.emit import kernels
 from mhc_compile.kernels.triton.traffic import forms
 from tests.kernels.triton.sites import (
@@ -79,6 +79,18 @@ def test_static_sites_follow_float64(name: str, n: int) -> None:
     check(run_seam(seam), exact)
     check(run_halves(seam), exact)
     check(run_read(seam), exact_read(seam))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_backward_of_post_in_parts_gives_the_bits_of_the_whole(dynamic: bool) -> None:
+    seam = make_seam(make_spec("kronecker", 2, dynamic=dynamic, single_pass=True), 9, 48)
+    given = (seam.grads[0], seam.X, seam.f, seam.h_post, seam.h_res, seam.spec)
+    dX, df, *mappings = launch.post_backward(*given)
+    parts = launch.post_backward_state(*given)
+    assert all(map(torch.equal, parts, (dX, *mappings)))
+    branch = launch.post_backward_branch(given[0], seam.h_post, df.dtype, seam.spec)
+    assert torch.equal(branch, df)
 
 
 @pytest.mark.interpreted
