@@ -1,5 +1,6 @@
 """The generated Triton of single-pass sites, interpreted: values, gradients, rows, completeness."""
 
+import ast
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch, site
-from mhc_compile.kernels.triton.emit import kernels
+from mhc_compile.kernels.triton.emit import kernels, source
+from mhc_compile.kernels.triton.maps import site_maps
+from mhc_compile.kernels.triton.signatures import aot_variants
+from mhc_compile.kernels.triton.targets import TARGETS
+from mhc_compile.kernels.triton.tiles import one_launch
 from mhc_compile.kernels.triton.traffic import forms
 from tests.kernels.triton.sites import (
     check,
@@ -150,11 +155,23 @@ def test_no_form_of_a_single_pass_reads_the_state_twice_forward(op: str, rows: l
     assert [form.rows for form in forms(FOUR) if form.op == op] == rows
 
 
-def test_one_launch_needs_no_cache() -> None:
-    from mhc_compile.kernels.triton.maps import site_maps
-    from mhc_compile.kernels.triton.targets import TARGETS
-    from mhc_compile.kernels.triton.tiles import one_launch
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("n", [1, 3, 4, 8])
+def test_every_site_has_a_source_whose_kernels_are_given_all_they_take(
+    n: int, dynamic: bool
+) -> None:
+    spec = SiteSpec(streams=n, constraint="identity", single_pass=True, dynamic=dynamic)
+    functions = [
+        f for f in ast.parse(source(spec, torch.bfloat16)).body if isinstance(f, ast.FunctionDef)
+    ]
+    taken = {function.name: [a.arg for a in function.args.args] for function in functions}
+    for target in TARGETS:
+        for name, signature, constants, _ in aot_variants(spec, torch.bfloat16, 1280, target):
+            assert taken[name] == [*signature, *kernels(spec)[name].constants]
+            assert set(constants) == set(kernels(spec)[name].constants)
 
+
+def test_one_launch_needs_no_cache() -> None:
     two_pass = site_maps(SiteSpec(streams=4))
     for target in TARGETS.values():
         wide = (7168, torch.bfloat16, 1 << 20, target)

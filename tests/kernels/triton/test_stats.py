@@ -1,6 +1,7 @@
 """What is read back from kernels compiled ahead of time, without a GPU."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,14 @@ def test_no_kernel_spills_on_any_target(target: str, channels: int) -> None:
     found = [_fault(stats) for stats in site_stats(SITE, torch.bfloat16, channels, target)]
     assert len(found) > 20
     assert [fault for fault in found if fault] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_no_kernel_of_a_single_pass_spills_on_any_target(target: str) -> None:
+    spec = replace(SITE, single_pass=True)
+    found = site_stats(spec, torch.bfloat16, 2560, target)
+    assert [stats.kernel for stats in found if stats.spills] == []
 
 
 @pytest.mark.parametrize("target", FAMILIES)
