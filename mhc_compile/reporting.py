@@ -24,6 +24,8 @@ _CHOICES = {
     "new ones: projecting every stream would cost n times as much",
     "slice": "the skip is cut from the mean of the streams and starts new ones: the branch reads "
     "more than this part, so that no streams of it could take its place",
+    "joined": "the skip is put together from the means of several trunks and starts new streams: "
+    "the branch reads those trunks apart",
 }
 """By form: what the rewrite does where it had a choice, and why."""
 

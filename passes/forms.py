@@ -15,7 +15,7 @@ from mhc_compile.passes.sites import ResidualSite
 from mhc_compile.passes.sums import SumTree
 from mhc_compile.passes.values import numel
 from mhc_compile.passes.vocabulary import CAST, DROPOUT, SCALE
-from mhc_compile.passes.walks import is_slice, plain_step
+from mhc_compile.passes.walks import PROJECTIONS, plain_step
 
 
 def make_site(index: FlowIndex, tree: SumTree, parting: Parting) -> ResidualSite:
@@ -46,8 +46,10 @@ def make_site(index: FlowIndex, tree: SumTree, parting: Parting) -> ResidualSite
 
 
 def _skip_form(index: FlowIndex, parting: Parting) -> str:
+    if parting.joined:
+        return "joined"
     if parting.projection:
-        is_part = any(is_slice(node) for node in parting.skip_path)
+        is_part = not any(op_name(node) in PROJECTIONS for node in parting.skip_path)
         return "slice" if is_part else "projection"
     names = [op_name(node) for node in parting.skip_path]
     if any(name in SCALE for name in names):

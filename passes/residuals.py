@@ -16,8 +16,10 @@ name of a module, a class or a function of the model:
 8. projection, tried last: the skip may be an affine image of the origin (a strided convolution and
    its norm); then the way to the branch must also bend, or a sum of two linear maps would count.
 
-   So does the part of the origin that a slice takes (``x[:, :1] + f(x)``), where the branch reads
-   more than such parts.
+   A shortcut that starts with a norm and an activation of its own counts too, if it mixes once and
+   the branch more often; so does the part of the origin that a slice takes (``x[:, :1] + f(x)``),
+   where the branch reads more than such parts; and a skip that joins several values, each of which
+   is an origin by itself (``cat([a, b]) + f(a, b)``).
 
 Left out although they pass: ``x + conv(x)`` (a positional encoding); a single residual inside the
 branch of another that is no layer in it (``y + D x`` of a state-space mixer, see `nesting`); a
@@ -25,8 +27,8 @@ value from outside added inside the branch of another (a position bias that all 
 everything in a model whose state is n streams already (`hyper`).
 
 Forms: ``identity`` (the skip is the origin), ``parallel`` (so, and two or more branches), ``scaled
-skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two), ``projection``
-and ``slice``.
+skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two), ``projection``,
+``slice`` and ``joined``.
 """
 
 from torch.fx import Graph, Node

@@ -29,7 +29,7 @@ class ResidualSite:
     @property
     def starts_at_skip(self) -> bool:
         """Whether the skip is another value than the origin, so that no streams pass through it."""
-        return self.form in ("projection", "slice")
+        return self.form in ("projection", "slice", "joined")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mhc_compile.errors import MHCError
-from tests.models.trial import STEPS, Trial, run_trial
+from tests.models.trial import RATES, STEPS, Trial, run_trial
 from tests.models.zoo import BUILDERS, LIBRARIES, SETTINGS
 
 TRUTH = json.loads((Path(__file__).parent / "truth.json").read_text())
@@ -47,6 +47,8 @@ class Row:
     repeats: bool | None = None
     rounding: list[float] | None = None
     """Errors against float64 of the gradients, plain and converted, see `Trial.rounding`."""
+    rate: float = RATES[0]
+    plain_losses: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     in_train_mode: int | None = None
     """Sites rewritten in train mode, where the conversion of eval mode was refused there."""
@@ -77,7 +79,8 @@ def _fill(row: Row, trial: Trial) -> None:
     row.parameters = sum(site.parameters for site in report.converted)
     row.left = sorted({site.reason for site in report.left})
     row.eval_error, row.eval_dtype = trial.eval_error, trial.eval_dtype
-    row.refusal, row.losses = _without_folders(trial.refusal), trial.losses
+    row.refusal = _without_folders(trial.refusal)
+    row.rate, row.plain_losses, row.losses = trial.rate, trial.plain_losses, trial.losses
     if trial.train_report is not None:
         row.in_train_mode = len(trial.train_report.converted)
     row.rounding = list(trial.rounding) if trial.rounding is not None else None
@@ -131,8 +134,9 @@ def table(rows: list[Row]) -> str:
         "largest value of that output (float32). Train and gradient error: the same of outputs and "
         "batch statistics in train mode, and of the gradients of the old parameters; `64` marks "
         "models that amplify float32 rounding beyond the bounds (batch statistics of few values, "
-        "many layers of small random weights) and were compared in float64. Loss: before and after "
-        f"{STEPS} steps of AdamW.",
+        "many layers of small random weights) and were compared in float64. Loss: before, and after "
+        f"{STEPS} steps of AdamW; after as many steps of the plain model in brackets. The rate is "
+        f"{RATES[0]:.0e}, or divided by ten until the plain model's loss falls.",
         "",
         "| model | found / true | rewritten | trunks | output error | train error "
         "| gradient error | loss | remark |",
@@ -147,6 +151,7 @@ def _line(row: Row) -> str:
     mark = " `64`" if row.dtype == "float64" else ""
     eval_mark = " `64`" if row.eval_dtype == "float64" else ""
     loss = f"{row.losses[0]:.4g} → {row.losses[-1]:.4g}" if row.losses else ""
+    loss += f" ({row.plain_losses[-1]:.4g})" if row.plain_losses else ""
     cells = [
         f"{row.name} ({row.library})",
         f"{'-' if row.sites is None else row.sites} / {row.true_sites}",
@@ -189,6 +194,8 @@ def _remark(row: Row) -> str:
             f"it casts to float32 by itself; against gradients in float64 throughout the plain "
             f"model is off by {plain:.1e}, the converted one by {ours:.1e}"
         )
+    if row.rate != RATES[0]:
+        parts.append(f"rate {row.rate:.0e}")
     if row.exception:
         parts.append(f"**exception** {row.exception}")
     return "; ".join(parts).replace("\n", " ")

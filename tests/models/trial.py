@@ -22,8 +22,8 @@ from mhc_compile.checks import disable_dropout, float_outputs
 from tests.models.zoo import SETTINGS, Inputs, build, settings
 
 STEPS = 5
-RATE = 1e-5
-"""Of AdamW: from random weights some networks jump about at 3e-5 already, converted or not."""
+RATES = tuple(10.0**-k for k in range(5, 10))
+"""Of AdamW, tried in this order: from random weights some plain networks jump about at the first."""
 OUTPUT_BOUND = 5e-6
 GRADIENT_BOUND = 1e-5
 _ZERO = 1e-5
@@ -78,8 +78,12 @@ class Trial:
     rounding: tuple[float, float] | None = None
     """Where it casts to float32 by itself and amplifies rounding beyond the bounds: how far the
     float32 gradients of the plain and of the converted model are from exact ones."""
+    rate: float = RATES[0]
+    """Of the optimizer: the first of `RATES` at which the plain model's loss falls."""
+    plain_losses: list[float] = field(default_factory=list)
+    """Of the plain model: before each of the optimizer steps, and after the last."""
     losses: list[float] = field(default_factory=list)
-    """Before each of the optimizer steps, and after the last."""
+    """The same of the converted model."""
 
 
 def convert(name: str, *, train: bool = False, double: bool = False) -> Trial:
@@ -130,16 +134,20 @@ def run_trial(name: str, tell: Callable[[Trial], None] = lambda trial: None) -> 
             trial.comparison = _compare(name, double, double=True)
     if not trial.comparison.within_bounds:
         trial.rounding = _rounding(name, trial)
-    optimizer = torch.optim.AdamW(trial.model.parameters(), lr=RATE)
+    trial.rate, trial.plain_losses = _fair_rate(name)
+    optimizer = torch.optim.AdamW(trial.model.parameters(), lr=trial.rate)
     trial.losses = train(trial.call, trial.inputs, optimizer, STEPS)
     return trial
 
 
-def plain_losses(name: str) -> list[float]:
-    """What the same training, in train mode as well, makes of the plain model."""
-    plain, inputs = _build(name, train=True)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE)
-    return train(plain, inputs, optimizer, STEPS)
+def _fair_rate(name: str) -> tuple[float, list[float]]:
+    """The largest of `RATES` at which the plain model's loss falls, and these losses."""
+    for rate in RATES:
+        plain, inputs = _build(name, train=True)
+        losses = train(plain, inputs, torch.optim.AdamW(plain.parameters(), lr=rate), STEPS)
+        if losses[-1] < losses[0]:
+            break
+    return rate, losses
 
 
 def reloads(name: str, trial: Trial) -> bool:
