@@ -93,7 +93,7 @@ def _try_leaves(
 
 
 def _is_shorter(index: FlowIndex, tree: SumTree, parting: Parting) -> bool:
-    """Whether the skip mixes once and the rest more often: a shortcut, not one of equal branches."""
+    """Whether the skip mixes once and the rest more often: it is no branch among equals."""
     others = [leaf for leaf in tree.leaves if leaf is not parting.skip]
     below = index.between(parting.origin, others)
     return sum(map(mixes, parting.skip_path)) == 1 < sum(map(mixes, below))

@@ -27,8 +27,8 @@ value from outside added inside the branch of another (a position bias that all 
 everything in a model whose state is n streams already (`hyper`).
 
 Forms: ``identity`` (the skip is the origin), ``parallel`` (so, and two or more branches), ``scaled
-skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two), ``projection``,
-``slice`` and ``joined``.
+skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two),
+``projection``, ``slice`` and ``joined``.
 """
 
 from torch.fx import Graph, Node

@@ -134,9 +134,9 @@ def table(rows: list[Row]) -> str:
         "largest value of that output (float32). Train and gradient error: the same of outputs and "
         "batch statistics in train mode, and of the gradients of the old parameters; `64` marks "
         "models that amplify float32 rounding beyond the bounds (batch statistics of few values, "
-        "many layers of small random weights) and were compared in float64. Loss: before, and after "
-        f"{STEPS} steps of AdamW; after as many steps of the plain model in brackets. The rate is "
-        f"{RATES[0]:.0e}, or divided by ten until the plain model's loss falls.",
+        "many layers of small random weights) and were compared in float64. Loss: before, and "
+        f"after {STEPS} steps of AdamW; that of the plain model after as many steps in brackets. "
+        f"The rate is {RATES[0]:.0e}, divided by ten until the plain model's loss falls.",
         "",
         "| model | found / true | rewritten | trunks | output error | train error "
         "| gradient error | loss | remark |",

@@ -23,7 +23,7 @@ from tests.models.zoo import SETTINGS, Inputs, build, settings
 
 STEPS = 5
 RATES = tuple(10.0**-k for k in range(5, 10))
-"""Of AdamW, tried in this order: from random weights some plain networks jump about at the first."""
+"""Of AdamW, in this order: from random weights some networks, left plain, jump about at first."""
 OUTPUT_BOUND = 5e-6
 GRADIENT_BOUND = 1e-5
 _ZERO = 1e-5
