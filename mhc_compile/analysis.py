@@ -8,9 +8,18 @@ from torch import nn
 from torch.fx import GraphModule
 
 from mhc_compile.config import FORM, MHCConfig
-from mhc_compile.hosts import HostedSite, Resolve, erase_markers, hosted_sites, marked_calls
+from mhc_compile.hosts import (
+    HostedSite,
+    MarkedCall,
+    NumberOf,
+    Resolve,
+    erase_markers,
+    hosted_sites,
+    marked_calls,
+)
 from mhc_compile.passes.chains import Chain
 from mhc_compile.passes.origins import part_origins
+from mhc_compile.passes.outside import Ask
 from mhc_compile.passes.plan import Plan, PlannedSite, plan_trunks
 from mhc_compile.passes.residuals import find_residuals
 from mhc_compile.passes.sites import Residuals
@@ -27,7 +36,7 @@ class Analysis:
     residuals: Residuals
     hosted: list[HostedSite]
     plan: Plan
-    markers: dict[tuple[int, str], nn.Module] = field(default_factory=dict)
+    calls: dict[tuple[int, str], MarkedCall] = field(default_factory=dict)
     """Calls of converted modules in this graph."""
     chains: list[Chain] = field(default_factory=list)
     """Hand-written hyper-connections: those that are mhc ops now, and those that stay."""
@@ -48,6 +57,8 @@ def analyse(
     observe: Observer | None = None,
     *,
     kernels: str = "auto",
+    ask: Ask | None = None,
+    number_of: NumberOf | None = None,
 ) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
 
@@ -59,20 +70,22 @@ def analyse(
         refuse: given all hosted sites, the ones to leave alone and why.
         observe: sees the graph as captured ("before"), and after each change.
         kernels: what computes the ops in the place of hand-written hyper-connections.
+        ask: who knows what happened between the inputs of the graph before it ran.
+        number_of: see `hosted_sites`.
     """
     if observe is not None:
         observe("before", gm)
     chains: list[Chain] = []
     run_passes(gm, (), canonical_passes(kernels, chains), observe)
-    markers = marked_calls(gm.graph, resolve)
+    calls = marked_calls(gm.graph, resolve)
     erase_markers(gm.graph)
     gm.recompile()
-    residuals = find_residuals(gm.graph)
+    residuals = find_residuals(gm.graph, ask)
     while part_origins(gm.graph, residuals):
         gm.recompile()
-        residuals = find_residuals(gm.graph)
-    hosted = hosted_sites(residuals, resolve)
-    return _planned(Analysis(gm, residuals, hosted, Plan(), markers, chains), refuse)
+        residuals = find_residuals(gm.graph, ask)
+    hosted = hosted_sites(residuals, resolve, number_of)
+    return _planned(Analysis(gm, residuals, hosted, Plan(), calls, chains), refuse)
 
 
 def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> Analysis:

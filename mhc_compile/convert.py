@@ -239,6 +239,8 @@ def _records(entry: _Owned) -> tuple[SiteRecord, ...]:
                 follows=any(u.follows for u in uses),
                 continues=any(u.continues for u in uses),
                 ends=any(not u.continues for u in uses),
+                skip_at=uses[0].site.skip_at,
+                crosses=any(u.site.crosses for u in uses),
             )
         )
     return tuple(records)

@@ -130,7 +130,7 @@ def _part(
 ) -> Parting | Failure:
     """Clauses 2 to 5, or 8 where ``needed`` asks for a way that bends."""
     # Another leaf can only depend on a node that something beside the walk reads.
-    hit = index.nearest(others, [node for node in walk if len(node.users) > 1])
+    hit = index.nearest(others, [node for node in walk if index.readers(node) > 1])
     if hit is None:
         return Failure(ORIGIN, origin_reason(skip))
     origin, paths = hit

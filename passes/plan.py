@@ -7,8 +7,9 @@ stream (`mhc_compile.passes.lanes`); otherwise a new trunk starts at its origin.
 """
 
 from collections import ChainMap, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from torch.fx import Graph, Node
 
@@ -75,6 +76,12 @@ class Plan:
     """For each trunk, the graph output that shows its end, if one does: it may go on elsewhere."""
     dims: dict[Node, int] = field(default_factory=dict)
     """Channel axis of every value that gets an n-stream twin."""
+
+    def collapse_branches(self, indices: Container[int]) -> None:
+        """Let the branches of these sites read the collapsed streams, as after a graph break."""
+        for trunk in self.trunks:
+            trunk[:] = [replace(p, branch=frozenset()) if p.index in indices else p for p in trunk]
+        self.sites = [self.trunks[p.trunk][p.step] for p in self.sites]
 
 
 def plan_trunks(graph: Graph, residuals: Residuals, refused: Mapping[int, str]) -> Plan:
@@ -221,7 +228,10 @@ class _Planner:
 
     def _branch(self, index: int) -> frozenset[Node]:
         if index not in self.branches:
-            self.branches[index] = frozenset(branch_nodes(self.flow, self.residuals.sites[index]))
+            site = self.residuals.sites[index]
+            # What lies before a graph break has read the collapsed streams by then.
+            nodes = () if site.crosses else branch_nodes(self.flow, site)
+            self.branches[index] = frozenset(nodes)
         return self.branches[index]
 
     def _find_boundaries(self) -> None:
@@ -239,12 +249,17 @@ class _Planner:
         search = RootSearch(
             self.flow, {site.root: i for i, site in enumerate(self.residuals.sites)}
         )
+        ways: list[tuple[int, int, Node, Node]] = []
         for position, value in enumerate(outputs):
             root = search.above(value) if isinstance(value, Node) else None
-            if root not in lasts or plan.departures[lasts[root]] is not None:
-                continue
+            if root in lasts:
+                ways.append(
+                    (self.flow.position[value] - self.flow.position[root], position, value, root)
+                )
+        # The nearest: where a graph break cuts a branch, the norm that opens it is an output too.
+        for _, position, value, root in sorted(ways, key=itemgetter(0, 1)):
             region = self.flow.between(root, (value,)) if value is not root else ()
-            if any(node in plan.dims for node in region):
+            if plan.departures[lasts[root]] or any(node in plan.dims for node in region):
                 continue
             followed = self._follow(root, region)
             if followed is not None:

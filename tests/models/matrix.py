@@ -19,7 +19,7 @@ import torch
 
 from mhc_compile.errors import MHCError
 from tests.models.trial import RATES, STEPS, Trial, run_trial
-from tests.models.zoo import BUILDERS, LIBRARIES, SETTINGS
+from tests.models.zoo import BUILDERS, LIBRARIES
 
 TRUTH = json.loads((Path(__file__).parent / "truth.json").read_text())
 _LIBRARIES = ("torch", *sorted(set(LIBRARIES.values())))
@@ -176,11 +176,7 @@ def _error(value: float | None) -> str:
 
 
 def _remark(row: Row) -> str:
-    parts = [
-        f"with torch._dynamo.config.{name} = {value}, as its report proposes"
-        for name, value in SETTINGS.get(row.name, {}).items()
-    ]
-    parts += [f"left: {reason}" for reason in row.left]
+    parts = [f"left: {reason}" for reason in row.left]
     if row.in_train_mode is not None:
         parts.append(
             f"refused in train mode, where it breaks into several graphs; converted in that mode, "

@@ -11,7 +11,7 @@ from torch.fx import Graph
 
 from mhc_compile.passes.residuals import Residuals, find_residuals
 from mhc_compile.passes.slices import merge_equal_slices
-from tests.models.zoo import BUILDERS, build, settings
+from tests.models.zoo import BUILDERS, build
 from tests.passes.graphs import captures
 
 TRUTH = json.loads((Path(__file__).parent / "truth.json").read_text())
@@ -58,7 +58,7 @@ def test_hardly_any_true_site_is_missed():
 @pytest.mark.parametrize("name", models(TRUTH))
 def test_sites_and_trunks_of_the_dynamo_graphs_are_the_true_ones(name):
     model, inputs = build(name)
-    with warnings.catch_warnings(), settings(name):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graphs = captures(model, **inputs)
     check(name, [find(graph) for graph in graphs])
@@ -68,7 +68,7 @@ def test_sites_and_trunks_of_the_dynamo_graphs_are_the_true_ones(name):
 @pytest.mark.parametrize("name", models(TRUTH))
 def test_sites_and_trunks_of_the_exported_graph_are_the_true_ones(name):
     model, inputs = build(name)
-    with warnings.catch_warnings(), settings(name), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, (), inputs, strict=False)
