@@ -1,6 +1,6 @@
 """Look at one captured graph: its sites, who keeps them, and what would be rewritten."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -26,6 +26,7 @@ from mhc_compile.passes.sites import Residuals
 from mhc_compile.pipeline import Observer, canonical_passes, run_passes
 
 Refuse = Callable[[list[HostedSite]], Mapping[int, str]]
+Starting = Callable[[], Container[int]]
 
 
 @dataclass(slots=True)
@@ -59,6 +60,7 @@ def analyse(
     kernels: str = "auto",
     ask: Ask | None = None,
     number_of: NumberOf | None = None,
+    starting: Starting = tuple,
 ) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
 
@@ -72,6 +74,7 @@ def analyse(
         kernels: what computes the ops in the place of hand-written hyper-connections.
         ask: who knows what happened between the inputs of the graph before it ran.
         number_of: see `hosted_sites`.
+        starting: asked after ``refuse``: indices of sites that start streams of their own.
     """
     if observe is not None:
         observe("before", gm)
@@ -85,7 +88,7 @@ def analyse(
         gm.recompile()
         residuals = find_residuals(gm.graph, ask)
     hosted = hosted_sites(residuals, resolve, number_of)
-    return _planned(Analysis(gm, residuals, hosted, Plan(), calls, chains), refuse)
+    return _planned(Analysis(gm, residuals, hosted, Plan(), calls, chains), refuse, starting)
 
 
 def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> Analysis:
@@ -93,10 +96,11 @@ def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> A
     return _planned(replace(analysis, hosted=hosted), refuse)
 
 
-def _planned(analysis: Analysis, refuse: Refuse) -> Analysis:
+def _planned(analysis: Analysis, refuse: Refuse, starting: Starting = tuple) -> Analysis:
     refused = dict(refuse(analysis.hosted))
     refused.update({site.index: site.refusal for site in analysis.hosted if site.refusal})
-    return replace(analysis, plan=plan_trunks(analysis.gm.graph, analysis.residuals, refused))
+    plan = plan_trunks(analysis.gm.graph, analysis.residuals, refused, starting())
+    return replace(analysis, plan=plan)
 
 
 def refuse_filtered(

@@ -119,6 +119,7 @@ def compile_frame(
         observe,
         kernels=config.kernels,
         ask=ask_records(frame.root),
+        starting=matches.starting,
     )
     examples = [example_of(node) for node in _inputs(gm)]
     if record is not None:

@@ -1,7 +1,7 @@
 """Put hyper-connection parameters on a model, and take them off again."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
-from mhc_compile.analysis import refuse_filtered
-from mhc_compile.capture import capture_model
+from mhc_compile.analysis import Refuse, refuse_filtered
+from mhc_compile.capture import Capture, capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.guard import check_calls_, refuse_wrapped, uncheck_calls_
+from mhc_compile.hosts import HostedSite
 from mhc_compile.kernels.init import initial_head, initial_parameters
 from mhc_compile.match import SEEN, sites_of
 from mhc_compile.report import Report
@@ -50,9 +51,10 @@ def convert_(
 ) -> Report:
     """Widen a model's residual trunks to n streams, in place: adds parameters, changes no output.
 
-    Runs the model once on the example inputs to find its sites, then registers one `MHCSite` a site
-    as ``owner.mhc["add0"]`` on the module whose forward does the add. Old parameters, buffers and
-    state_dict keys stay as they are. Make optimizers, wrap (FSDP, DDP) and compile afterwards.
+    Runs the model on the example inputs, in its own and in train mode, to find its sites. Registers
+    one `MHCSite` a site as ``owner.mhc["add0"]`` on the module whose forward does the add. Old
+    parameters, buffers and state_dict keys stay as they are. Make optimizers, wrap (FSDP, DDP) and
+    compile afterwards.
 
     Args:
         model: the model; bit for bit as it was if anything fails.
@@ -79,9 +81,12 @@ def convert_(
             "mhc_compile.revert_(model) takes that off"
         )
     names = _names(model)
-    capture = capture_model(
-        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
-    )
+
+    def refuse(hosted: list[HostedSite]) -> dict[int, str]:
+        return refuse_filtered(hosted, config, names)
+
+    look = _capture_for_both_modes if already is None else capture_model
+    capture = look(model, args, kwargs, refuse)
     uses = site_uses(capture)
     if already is None:
         attach_(uses, config)
@@ -91,6 +96,39 @@ def convert_(
     else:
         _refuse_partial(uses)
     return build_report(model, capture, config, uses, converted=True)
+
+
+def _capture_for_both_modes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], refuse: Refuse
+) -> Capture:
+    """The capture in the model's mode, or that in train mode if graph breaks part more there.
+
+    What is trained in one mode must compute the same in the other: where both show the same sites,
+    they are converted as the mode has them that links fewer.
+    """
+    capture = capture_model(model, args, kwargs, refuse)
+    if model.training:
+        return capture
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        other = capture_model(model.train(), args, kwargs, refuse)
+    except Exception:  # whatever the model has against training on these inputs: it need not
+        return capture
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    mine, theirs = site_uses(capture), site_uses(other)
+    same = Counter(map(_place, mine)) == Counter(map(_place, theirs))
+    return other if same and _linked(theirs) < _linked(mine) else capture
+
+
+def _place(use: SiteUse) -> tuple[int, str]:
+    return id(use.hosted.host), use.hosted.source
+
+
+def _linked(uses: Sequence[SiteUse]) -> tuple[int, int]:
+    """How many sites lie in no broken branch, and how many take over the streams of another."""
+    return sum(not use.site.crosses for use in uses), sum(use.follows for use in uses)
 
 
 def select_sites(

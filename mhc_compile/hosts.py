@@ -18,6 +18,11 @@ from mhc_compile.passes.owners import ModuleCall, module_calls
 from mhc_compile.passes.sites import Residuals
 from mhc_compile.passes.values import source_line
 
+CUT = (
+    "a graph break cuts its function, and what follows the break does not use self any more: its "
+    "module is not known there. Remove the cause of the break, or let the rest use self"
+)
+
 Resolve = Callable[[ModuleCall], nn.Module | None]
 NumberOf = Callable[[str, int], int]
 """(source line, how many sites of that line came before) -> number of the site in its host."""
@@ -78,6 +83,7 @@ def hosted_sites(
         counts[id(host), call] += 1
         if number_of is not None and call == "":
             source = source_line(site.root)
+            reason = reason and CUT
             number = number_of(source, lines[source])
             lines[source] += 1
         hosted.append(

@@ -82,6 +82,10 @@ class Matches:
                     refused[site.index] = LEFT
         return refused
 
+    def starting(self) -> set[int]:
+        """Sites that no other site led to at conversion: none may lead to them here."""
+        return {index for index, record in self.records.items() if not record.follows}
+
     def _refuse_unknown(self, sites: Sequence[HostedSite]) -> dict[int, str]:
         """Sites of one call of a module without parameters: left, or new to us."""
         if self._converted:

@@ -84,20 +84,33 @@ class Plan:
         self.sites = [self.trunks[p.trunk][p.step] for p in self.sites]
 
 
-def plan_trunks(graph: Graph, residuals: Residuals, refused: Mapping[int, str]) -> Plan:
+def plan_trunks(
+    graph: Graph,
+    residuals: Residuals,
+    refused: Mapping[int, str],
+    starting: Container[int] = (),
+) -> Plan:
     """Plan the rewrite of ``graph``.
 
     Args:
         graph: canonicalized.
         residuals: what `find_residuals` says of it.
         refused: site index -> reason, for sites the caller leaves out (excluded, no owner, ...).
+        starting: sites that start streams of their own, whatever leads to them.
     """
-    return _Planner(graph, residuals, refused).run()
+    return _Planner(graph, residuals, refused, starting).run()
 
 
 class _Planner:
-    def __init__(self, graph: Graph, residuals: Residuals, refused: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        residuals: Residuals,
+        refused: Mapping[int, str],
+        starting: Container[int],
+    ) -> None:
         self.graph = graph
+        self.starting = starting
         self.residuals = residuals
         self.aliases = AliasIndex(graph)
         self.flow = FlowIndex(graph)
@@ -145,6 +158,13 @@ class _Planner:
             # to project each stream would cost n times as much. The branch reads the collapse.
             return self._enter(index, site, site.skip, frozenset())
         link, plan = self.residuals.links[index], self.plan
+        if index in self.starting:
+            if site.origin in plan.dims:
+                return (
+                    f"it starts streams of its own, as at conversion, and here the streams of "
+                    f"another site pass through {describe(site.origin)}"
+                )
+            return self._enter(index, site, site.origin, self._branch(index))
         new: dict[Node, int] = {}
         region: tuple[Node, ...] = ()
         trunk: int | None = None

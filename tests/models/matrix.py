@@ -50,8 +50,6 @@ class Row:
     rate: float = RATES[0]
     plain_losses: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    in_train_mode: int | None = None
-    """Sites rewritten in train mode, where the conversion of eval mode was refused there."""
     refusal: str = ""
     exception: str = ""
     seconds: float = 0.0
@@ -79,10 +77,7 @@ def _fill(row: Row, trial: Trial) -> None:
     row.parameters = sum(site.parameters for site in report.converted)
     row.left = sorted({site.reason for site in report.left})
     row.eval_error, row.eval_dtype = trial.eval_error, trial.eval_dtype
-    row.refusal = _without_folders(trial.refusal)
     row.rate, row.plain_losses, row.losses = trial.rate, trial.plain_losses, trial.losses
-    if trial.train_report is not None:
-        row.in_train_mode = len(trial.train_report.converted)
     row.rounding = list(trial.rounding) if trial.rounding is not None else None
     if trial.comparison is not None:
         row.dtype, row.repeats = trial.comparison.dtype, trial.comparison.repeats
@@ -177,12 +172,7 @@ def _error(value: float | None) -> str:
 
 def _remark(row: Row) -> str:
     parts = [f"left: {reason}" for reason in row.left]
-    if row.in_train_mode is not None:
-        parts.append(
-            f"refused in train mode, where it breaks into several graphs; converted in that mode, "
-            f"{row.in_train_mode} sites are rewritten"
-        )
-    elif row.refusal:
+    if row.refusal:
         parts.append(f"refused: {row.refusal}")
     if row.rounding is not None:
         plain, ours = row.rounding

@@ -28,7 +28,7 @@ def check(name: str, found: list[Residuals], *, whole: bool = False) -> None:
     truth = TRUTH[name]
     trunks = [len(trunk) for part in found for trunk in part.trunks]
     # A graph break cuts sites; a graph that several layers share shows its sites once.
-    keys = ("missed",) if whole else ("missed", "cut", "shared")
+    keys = () if whole else ("cut", "shared")
     hidden = sum(truth.get(key, 0) for key in keys)
     expected = truth.get("found_trunks", truth["trunks"])
     assert sum(len(part.sites) for part in found) == truth["sites"] - hidden
@@ -48,11 +48,12 @@ def test_every_model_has_its_truth():
 
 
 def test_hardly_any_true_site_is_missed():
+    """Of graphs alone, and of conversion, which sees how a model runs through its graph breaks."""
     sites = sum(truth["sites"] for truth in TRUTH.values())
-    missed = sum(truth.get("missed", 0) for truth in TRUTH.values())
     cut = sum(truth.get("cut", 0) for truth in TRUTH.values())
-    assert missed / sites < 0.01
-    assert (missed + cut) / sites < 0.02
+    lost = sum(truth.get("lost", 0) for truth in TRUTH.values())
+    assert cut / sites < 0.01
+    assert lost / sites < 0.003
 
 
 @pytest.mark.parametrize("name", models(TRUTH))

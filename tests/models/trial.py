@@ -69,10 +69,6 @@ class Trial:
     eval_error: float | None = None
     eval_dtype: str = "float32"
     """In float64 for a model that amplifies rounding beyond the bound."""
-    train_report: mhc_compile.Report | None = None
-    """Of the conversion in train mode, where that of eval mode was refused there."""
-    refusal: str = ""
-    """Why it was refused."""
     comparison: Comparison | None = None
     """In float32, or in float64 for a model that amplifies rounding beyond the bounds."""
     rounding: tuple[float, float] | None = None
@@ -86,9 +82,9 @@ class Trial:
     """The same of the converted model."""
 
 
-def convert(name: str, *, train: bool = False, double: bool = False) -> Trial:
+def convert(name: str, *, double: bool = False) -> Trial:
     """A converted model of the zoo and its compiled form, without dropout."""
-    model, inputs = _build(name, train=train, double=double)
+    model, inputs = _build(name, double=double)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about their own use of torch
         report = mhc_compile.convert_(model, **inputs)
@@ -115,20 +111,11 @@ def run_trial(name: str, tell: Callable[[Trial], None] = lambda trial: None) -> 
         trial.eval_error, trial.eval_dtype = _eval_error_in_double(name), "float64"
     # Train mode compiles anew. Frames of each layer, in both modes, pass Dynamo's recompile limit.
     torch.compiler.reset()
-    try:
-        trial.comparison = _compare(name, trial)
-    except mhc_compile.UnsupportedGraphError as error:
-        # Some models break in train mode only: what is one graph in eval mode is several there.
-        trial.refusal = str(error)
-        again = convert(name, train=True)
-        trial.train_report, trial.model, trial.call = again.report, again.model, again.call
-        trial.comparison = _compare(name, again)
+    trial.comparison = _compare(name, trial)
     if not trial.comparison.within_bounds:
-        by_mode = trial.train_report is not None
         # Some operations have no float64: then float32 has the last word.
         with contextlib.suppress(RuntimeError):
-            double = convert(name, train=by_mode, double=True)
-            trial.comparison = _compare(name, double, double=True)
+            trial.comparison = _compare(name, convert(name, double=True), double=True)
     if not trial.comparison.within_bounds:
         trial.rounding = _rounding(name, trial)
     trial.rate, trial.plain_losses = _fair_rate(name)
@@ -153,7 +140,7 @@ def reloads(name: str, trial: Trial) -> bool:
     buffer = io.BytesIO()
     torch.save(trial.model.state_dict(), buffer)
     buffer.seek(0)
-    fresh = convert(name, train=trial.train_report is not None)
+    fresh = convert(name)
     fresh.model.load_state_dict(torch.load(buffer))
     actual = evaluate(_in_eval(fresh), fresh.inputs)
     return all(torch.equal(out, actual[key]) for key, out in expected.items())
