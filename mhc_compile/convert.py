@@ -214,7 +214,7 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
     try:
         for host, sites in ready:
             done.append(host)
-            host.add_module("mhc", sites)
+            host.add_module("mhc", sites.train(host.training))
             check_calls_(host, sites.signature, config.on_eager)
     except BaseException:
         for host in done:

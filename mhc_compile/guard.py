@@ -61,12 +61,17 @@ def _report(policy: Policy, what: str) -> None:
         warnings.warn(message, MHCWarning, stacklevel=3)
 
 
+def _anchor(self: Any) -> torch.Tensor:
+    """Some input for an operator that computes nothing."""
+    return next(iter(self.mhc.values())).bias  # type: ignore[no-any-return]
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
-        anchor = next(iter(self.mhc.values())).bias
-        torch.ops.mhc_compile.owner_call.default(anchor, self._mhc_policy)
+        torch.ops.mhc_compile.owner_call.default(_anchor(self), self._mhc_policy)
         result = super(type(self)._mhc_class, self).forward(*args, **kwargs)
-        torch.ops.mhc_compile.owner_return.default(anchor)
+        # This reads self again: after a graph break, Dynamo keeps no variable that is not read.
+        torch.ops.mhc_compile.owner_return.default(_anchor(self))
         return result
     _report(_POLICIES[self._mhc_policy], "runs without the mhc backend")
     return super(type(self)._mhc_class, self).forward(*args, **kwargs)
