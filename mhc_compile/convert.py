@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
-from mhc_compile.analysis import Refuse, refuse_filtered
+from mhc_compile.analysis import refuse_filtered
 from mhc_compile.capture import Capture, capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
@@ -39,10 +39,7 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     already = _conversion(model)
     config = config or (MHCConfig(**already) if already is not None else MHCConfig())
     config = select_sites(config, model, args, kwargs)
-    names = _names(model)
-    capture = capture_model(
-        model, args, kwargs, lambda hosted: refuse_filtered(hosted, config, names)
-    )
+    capture = _capture(model, args, kwargs, config, converted=already is not None)
     return build_report(model, capture, config, site_uses(capture), converted=already is not None)
 
 
@@ -80,13 +77,7 @@ def convert_(
             f"{', '.join(f'{name}={wanted[name]!r}' for name in differ)}: "
             "mhc_compile.revert_(model) takes that off"
         )
-    names = _names(model)
-
-    def refuse(hosted: list[HostedSite]) -> dict[int, str]:
-        return refuse_filtered(hosted, config, names)
-
-    look = _capture_for_both_modes if already is None else capture_model
-    capture = look(model, args, kwargs, refuse)
+    capture = _capture(model, args, kwargs, config, converted=already is not None)
     uses = site_uses(capture)
     if already is None:
         attach_(uses, config)
@@ -98,16 +89,26 @@ def convert_(
     return build_report(model, capture, config, uses, converted=True)
 
 
-def _capture_for_both_modes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], refuse: Refuse
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    config: MHCConfig,
+    *,
+    converted: bool,
 ) -> Capture:
     """The capture in the model's mode, or that in train mode if graph breaks part more there.
 
     What is trained in one mode must compute the same in the other: where both show the same sites,
     they are converted as the mode has them that links fewer.
     """
+    names = _names(model)
+
+    def refuse(hosted: list[HostedSite]) -> dict[int, str]:
+        return refuse_filtered(hosted, config, names)
+
     capture = capture_model(model, args, kwargs, refuse)
-    if model.training:
+    if model.training or converted:
         return capture
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -6,6 +6,7 @@ of the call was rewritten: a piece that Dynamo gave up would silently be a plain
 that ran are noted while they run, and compared with what the call should have when it returns.
 """
 
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,27 @@ class _OpenCall:
     what: str
     signature: str
     missing: set[str]
+    depth: int
+    """How deep in Python's stack it began."""
 
 
 class _Calls(threading.local):
     def __init__(self) -> None:
         self.open: list[_OpenCall] = []
+
+    def begin(self, what: str, signature: str, keys: frozenset[str]) -> None:
+        """Note a call. One that began as deep in the stack, or deeper, ended by an exception."""
+        depth = _depth()
+        while self.open and self.open[-1].depth >= depth:
+            self.open.pop()
+        self.open.append(_OpenCall(what, signature, set(keys), depth))
+
+
+def _depth() -> int:
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 _calls = _Calls()
@@ -51,7 +68,7 @@ class Piece:
         @without_tracing
         def call(*args: Any) -> Any:
             if self.begins:
-                _calls.open.append(_OpenCall(self.what, self.signature, set(self.keys)))
+                _calls.begin(self.what, self.signature, self.keys)
             if self.here:
                 self._note()
             outputs = compiled(*args)

@@ -19,16 +19,21 @@ class Cut(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
         self.between, self.inside, self.hidden = False, False, False
-        self.scale = 1.0
+        self.fails, self.scale = False, 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + torch.tanh(self.linear(self.norm(x)))
         if self.between:
-            torch._dynamo.graph_break()
+            self.pause()
         h = torch.relu(self.linear(self.norm(x)))
         if self.inside:
             torch._dynamo.graph_break()
         return self.in_python(x, h) if self.hidden else x + self.scale * h
+
+    @torch.compiler.disable
+    def pause(self) -> None:
+        if self.fails:
+            raise ValueError("interrupted")
 
     @torch.compiler.disable
     def in_python(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -133,6 +138,20 @@ def test_without_gradients_a_branch_that_a_break_cuts_is_not_found_and_the_repor
     assert {site.key for site in report.sites} == {"add0"}
     assert any("torch.no_grad()" in note for note in report.notes)
     assert any("this side of a graph break" in add.reason for add in report.rejected)
+
+
+def test_a_call_that_raised_is_forgotten_by_the_next_one() -> None:
+    x = example()
+    model = converted(net(between=True), x)
+    call = compiled(model)
+    expected = call(x)
+    model.blocks[1].fails = True
+    for _ in range(3):
+        with pytest.raises(ValueError, match="interrupted"):
+            call(x)
+    assert len(_calls.open) == 1
+    model.blocks[1].fails = False
+    torch.testing.assert_close(call(x), expected)
 
 
 class NoSelf(nn.Module):
