@@ -6,10 +6,28 @@ _ADVICE = (
 )
 
 if __name__ == "mhc_compile.kernels":
-    from mhc_compile.kernels import ops_ends, ops_post, ops_pre, ops_seam, ops_sinkhorn
+    from mhc_compile.kernels import (
+        ops_apart,
+        ops_ends,
+        ops_post,
+        ops_pre,
+        ops_read,
+        ops_replay,
+        ops_seam,
+        ops_sinkhorn,
+    )
 
     # Importing them registers torch.ops.mhc.*
-    __all__ = ["ops_ends", "ops_post", "ops_pre", "ops_seam", "ops_sinkhorn"]
+    __all__ = [
+        "ops_apart",
+        "ops_ends",
+        "ops_post",
+        "ops_pre",
+        "ops_read",
+        "ops_replay",
+        "ops_seam",
+        "ops_sinkhorn",
+    ]
 else:
     # transformers, for one, imports any package called "kernels" that it finds, and must survive
     # being run from a checkout: it is shown an empty namespace. Loading the ops twice would

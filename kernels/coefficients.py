@@ -52,7 +52,7 @@ def project_backward(
         per_stream: as given to `project`.
 
     Returns:
-        The gradients of ``x`` and ``phi``.
+        The gradient of ``x``, and that of z, from which `phi_gradient` goes on.
     """
     width = grad.shape[-1]
     z, inverse = saved[:, :width], saved[:, width:]
@@ -62,13 +62,31 @@ def project_backward(
     grad_inverse = (grad * z).reshape(len(z), width // norms, norms).sum(1)
     values = x.shape[-1] if per_stream else x.shape[-1] * x.shape[-2]
     shrink = -grad_inverse * inverse.pow(3) / values
-    if per_stream:
-        rows = grad_z.reshape(len(z), width // norms, norms).mT.flatten(0, 1)
-        flat = x.flatten(0, 1)
-    else:
-        rows, flat = grad_z, x.flatten(1)
+    rows, flat = _projected(grad_z, x, per_stream)
     grad_x = torch.addmm(flat * shrink.reshape(-1, 1), rows, phi.mT)
-    return grad_x.view(x.shape), flat.mT @ rows
+    return grad_x.view(x.shape), grad_z
+
+
+def phi_gradient(grad_z: torch.Tensor, x: torch.Tensor, per_stream: bool) -> torch.Tensor:
+    """Gradient of phi.
+
+    Args:
+        grad_z: ``[T, m]``, second result of `project_backward`.
+        x: as given to it, like ``per_stream``.
+        per_stream: see there.
+    """
+    rows, flat = _projected(grad_z, x, per_stream)
+    return flat.mT @ rows
+
+
+def _projected(
+    z: torch.Tensor, x: torch.Tensor, per_stream: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of ``z`` and of ``x`` that belong to one product: a token, or a stream of it."""
+    if not per_stream:
+        return z, x.flatten(1)
+    n = x.shape[1]
+    return z.reshape(len(z), z.shape[1] // n, n).mT.flatten(0, 1), x.flatten(0, 1)
 
 
 def affine(

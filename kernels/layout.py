@@ -12,6 +12,9 @@ import torch
 
 from mhc_compile.errors import KernelError
 
+PreGradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gradients of X, phi, bias, alpha and gates: what ``mhc::pre_backward`` returns."""
+
 SeamGradients = tuple[
     torch.Tensor,
     torch.Tensor,
@@ -40,6 +43,19 @@ def token_shape(shape: Sequence[int], dim: int) -> list[int]:
     """Shape of the tokens for the ``shape`` of a state."""
     at = len(shape) + dim
     return [*shape[: at - 1], *shape[at + 1 :]]
+
+
+def dz_width(saved: int, streams: int) -> int:
+    """Numbers per token of what a backward leaves for later: the gradient of z comes first.
+
+    Behind it is room for what else kernels keep there, a factor of x for each norm and H_pre, and
+    for rows to begin at multiples of 16 bytes.
+
+    Args:
+        saved: numbers per token that `pre` saves.
+        streams: n.
+    """
+    return -(-(saved + streams) // 4) * 4
 
 
 def state_to_tokens(X: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:

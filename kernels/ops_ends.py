@@ -15,6 +15,7 @@ from mhc_compile.kernels.coefficients import (
     gate_weights,
     gate_weights_backward,
     normalised,
+    phi_gradient,
     project,
     project_backward,
 )
@@ -180,6 +181,8 @@ def _check_collapse(
         raise KernelError(f"{op}: mode={mode!r} is not allowed: use {', '.join(COLLAPSE_MODES)}")
     check_state(op, X, site.streams, site.dim)
     learned = mode == "learned"
+    if learned and site.single_pass:
+        raise KernelError(f"{op}: a single pass has no learned head; mhc::read takes its weights")
     wanted = {"phi": learned and site.dynamic, "bias": learned, "alpha": learned and site.dynamic}
     n, width = site.streams, site.streams * X.shape[site.dim]
     shapes = {"phi": [width, n], "bias": [n], "alpha": [1]}
@@ -254,11 +257,12 @@ def collapse_backward(
             grad_hidden, grad_bias, grad_alpha = affine_backward(
                 grad_h, hidden, alpha.to(dtype), [site.streams], "sigmoid"
             )
-            through_phi, grad_phi = project_backward(
+            through_phi, grad_z = project_backward(
                 grad_hidden, saved, x, phi.to(dtype), per_stream=False
             )
             grad_x = grad_x + through_phi
-            grad_phi, grad_alpha = grad_phi.to(phi.dtype), grad_alpha.to(alpha.dtype)
+            grad_phi = phi_gradient(grad_z, x, per_stream=False).to(phi.dtype)
+            grad_alpha = grad_alpha.to(alpha.dtype)
     return tokens_to_state(grad_x, X, site.dim), grad_phi, grad_bias.to(bias.dtype), grad_alpha
 
 

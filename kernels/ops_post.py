@@ -37,7 +37,7 @@ def check_post(
     check_state(op, X, site.streams, site.dim)
     check_tensor(op, "the branch output", f, narrow_shape(X.shape, site.dim), X)
     n, tokens = site.streams, token_shape(X.shape, site.dim) if site.dynamic else []
-    check_tensor(op, "h_post", h_post, [*tokens, n], X)
+    check_tensor(op, "h_post", h_post, [*tokens, site.gates], X)
     check_tensor(op, "h_res", h_res, [*(tokens if constraint.mixes else []), n, n], X)
 
 
@@ -50,7 +50,7 @@ def post(
     Args:
         X: the state, ``[..., n, C]`` (`mhc_compile.kernels.layout` has the other layouts).
         f: the branch output, of the un-widened shape, any floating dtype.
-        h_post: second output of ``mhc::pre``.
+        h_post: second output of ``mhc::pre``; where it holds H_pre as well, that is not read.
         h_res: third output of ``mhc::pre``, [out, in]; not read if the constraint does not mix.
         spec: `SiteSpec.encode`.
 
@@ -69,7 +69,8 @@ def post(
         x = state_to_tokens(X, site.dim, dtype)
         branch = narrow_to_tokens(f, site.dim, dtype)
         carried = mix(h_res.to(dtype).reshape(-1, n, n), x) if constraint_of(site).mixes else x
-        out = torch.addcmul(carried, h_post.to(dtype).reshape(-1, n, 1), branch[:, None])
+        weights = h_post[..., -n:].to(dtype).reshape(-1, n, 1)
+        out = torch.addcmul(carried, weights, branch[:, None])
     return tokens_to_state(out, X, site.dim)
 
 
@@ -108,16 +109,38 @@ def post_backward(
         KernelError: a shape, dtype or device does not fit.
     """
     site = SiteSpec.decode(spec)
-    check_post("mhc::post_backward", X, f, h_post, h_res, site)
-    check_tensor("mhc::post_backward", "dY", dY, X.shape, X)
+    check_post_backward("mhc::post_backward", dY, X, f, h_post, h_res, site)
     if kernels := launcher("mhc::post_backward", site, X, dY, h_post, h_res, branch=f):
         return kernels.post_backward(dY, X, f, h_post, h_res, site)
+    dX, dh_post, dh_res = gradients_but_branch(dY, X, f, h_post, h_res, site)
+    return dX, gradient_of_branch(dY, h_post, f.dtype, site), dh_post, dh_res
+
+
+def gradient_of_branch(
+    dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, site: SiteSpec
+) -> torch.Tensor:
+    """The gradient of the branch output, in plain torch."""
+    exact, n = coefficient_dtype(dY), site.streams
+    with torch.autocast(dY.device.type, enabled=False):
+        g = state_to_tokens(dY, site.dim, exact)
+        grad = mix(h_post[..., -n:].to(exact).reshape(-1, 1, n), g).squeeze(1)
+    return tokens_to_narrow(grad, narrow_shape(dY.shape, site.dim), site.dim, dtype)
+
+
+def gradients_but_branch(
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    site: SiteSpec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the state and of both mappings, in plain torch."""
     dtype, n, static = coefficient_dtype(X), site.streams, not site.dynamic
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, dtype)
         g = state_to_tokens(dY, site.dim, dtype)
         branch = narrow_to_tokens(f, site.dim, dtype)
-        grad_f = mix(h_post.to(dtype).reshape(-1, 1, n), g).squeeze(1)
         grad_post = torch.linalg.vecdot(g, branch[:, None])
         if constraint_of(site).mixes:
             grad_x = mix(h_res.to(dtype).reshape(-1, n, n).mT, g)
@@ -126,13 +149,27 @@ def post_backward(
         else:
             grad_x, grad_res = g, torch.zeros_like(h_res)
         grad_post = grad_post.sum(0) if static else grad_post
+        grad_post = torch.nn.functional.pad(grad_post, (site.gates - n, 0))
     state = tokens_to_state(grad_x, X, site.dim)
     return (
         state.clone() if grad_x is g else state,  # an op's output must not be its input
-        tokens_to_narrow(grad_f, f.shape, site.dim, f.dtype),
         grad_post.reshape(h_post.shape).to(h_post.dtype),
         grad_res.reshape(h_res.shape).to(h_res.dtype),
     )
+
+
+def check_post_backward(
+    op: str,
+    dY: torch.Tensor,
+    X: torch.Tensor,
+    f: torch.Tensor,
+    h_post: torch.Tensor,
+    h_res: torch.Tensor,
+    site: SiteSpec,
+) -> None:
+    """Refuse arguments of `post_backward` that do not fit each other."""
+    check_post(op, X, f, h_post, h_res, site)
+    check_tensor(op, "dY", dY, X.shape, X)
 
 
 @post_backward.register_fake
@@ -144,8 +181,7 @@ def _(
     h_res: torch.Tensor,
     spec: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_post("mhc::post_backward", X, f, h_post, h_res, SiteSpec.decode(spec))
-    check_tensor("mhc::post_backward", "dY", dY, X.shape, X)
+    check_post_backward("mhc::post_backward", dY, X, f, h_post, h_res, SiteSpec.decode(spec))
     return (
         X.new_empty(X.shape),
         f.new_empty(f.shape),

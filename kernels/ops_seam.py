@@ -42,7 +42,8 @@ def seam(
         phi: parameters of the next site, as for `pre`, like ``bias`` and ``alpha``.
         bias: see there.
         alpha: see there.
-        spec: `SiteSpec.encode`, the same for both sites.
+        spec: `SiteSpec.encode`, the same for both sites. In a single pass the next site reads the
+            streams with the H_pre in ``h_post``.
 
     Returns:
         The next state, and what `pre` gives for it: u, h_post, h_res and what it saves.
@@ -56,7 +57,7 @@ def seam(
         shapes = coefficient_shapes(X, site)
         return kernels.seam(X, f, h_post, h_res, phi, bias, alpha, site, shapes)
     X_next = post(X, f, h_post, h_res, spec)
-    return (X_next, *pre(X_next, phi, bias, alpha, spec))
+    return (X_next, *pre(X_next, phi, bias, alpha, spec, h_post if site.single_pass else None))
 
 
 def _check(
@@ -134,20 +135,24 @@ def seam_backward(
     Raises:
         KernelError: a shape, dtype or device does not fit.
     """
-    site = SiteSpec.decode(spec)
+    op, site = "mhc::seam_backward", SiteSpec.decode(spec)
     grads = (dX_next, du, dh_post_next, dh_res_next)
-    _check_backward(grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
+    check_seam_backward(op, grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
     tensors = (*grads, h_post, h_res, phi, bias, alpha, saved)
-    if kernels := launcher("mhc::seam_backward", site, X, *tensors, branch=f):
+    if kernels := launcher(op, site, X, *tensors, branch=f):
         return kernels.seam_backward(*grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
     X_next = post(X, f, h_post, h_res, spec)
-    dX, dphi, dbias, dalpha = pre_backward(
-        du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec
+    gates = h_post if site.single_pass else None
+    dX, dphi, dbias, dalpha, dgates = pre_backward(
+        du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec, gates=gates
     )
-    return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
+    dX, df, dh_post, dh_res = post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec)
+    dh_post = dh_post if gates is None else dh_post.add_(dgates)
+    return dX, df, dh_post, dh_res, dphi, dbias, dalpha
 
 
-def _check_backward(
+def check_seam_backward(
+    op: str,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     X: torch.Tensor,
     f: torch.Tensor,
@@ -159,7 +164,7 @@ def _check_backward(
     saved: torch.Tensor,
     site: SiteSpec,
 ) -> None:
-    op = "mhc::seam_backward"
+    """Refuse arguments of `seam_backward` that do not fit each other."""
     _check(op, X, f, h_post, h_res, phi, bias, alpha, site)
     named = {"dX_next": grads[0], "du": grads[1], "dh_post_next": grads[2]}
     named |= {"dh_res_next": grads[3], "saved": saved}
@@ -185,8 +190,8 @@ def _(
     spec: str,
 ) -> SeamGradients:
     grads = (dX_next, du, dh_post_next, dh_res_next)
-    site = SiteSpec.decode(spec)
-    _check_backward(grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
+    op, site = "mhc::seam_backward", SiteSpec.decode(spec)
+    check_seam_backward(op, grads, X, f, h_post, h_res, phi, bias, alpha, saved, site)
     empty = X.new_empty(0, dtype=coefficient_dtype(X))
     return (
         X.new_empty(X.shape),

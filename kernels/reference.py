@@ -22,6 +22,7 @@ def pre_ref(
     bias: torch.Tensor,
     alpha: torch.Tensor | None,
     spec: SiteSpec,
+    gates: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Branch input, H_post and H_res of one site; arguments and results as for ``mhc::pre``.
 
@@ -48,7 +49,10 @@ def pre_ref(
     if constraint.gate == "sigmoid":
         pre, post = pre.sigmoid(), 2 * post.sigmoid()  # (17), (18)
     h_res = constraint.matrix(res if constraint.mixes else bias[2 * n :], spec)  # (19)
-    u = torch.einsum("...n,...nc->...c", pre + spec.pre_eps, x)
+    pre = pre + spec.pre_eps
+    if spec.single_pass:
+        return read_ref(X, gates, spec), torch.cat((pre, post), -1), h_res
+    u = torch.einsum("...n,...nc->...c", pre, x)
     return u.movedim(-1, spec.dim).to(X.dtype), post, h_res
 
 
@@ -59,7 +63,8 @@ def post_ref(
     x = _channels_last(X, spec)
     branch = f.movedim(spec.dim, -1).to(x.dtype)
     mixed = torch.einsum("...ij,...jc->...ic", h_res.to(x.dtype), x)
-    out = mixed + h_post.to(x.dtype)[..., None] * branch[..., None, :]
+    h_post = h_post[..., -spec.streams :].to(x.dtype)  # behind H_pre in a single pass
+    out = mixed + h_post[..., None] * branch[..., None, :]
     return out.movedim((-2, -1), (spec.dim - 1, spec.dim)).to(X.dtype)
 
 
@@ -75,7 +80,8 @@ def seam_ref(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The next state, and what `pre_ref` makes of it; arguments as for ``mhc::seam``."""
     X_next = post_ref(X, f, h_post, h_res, spec)
-    return (X_next, *pre_ref(X_next, phi, bias, alpha, spec))
+    gates = h_post if spec.single_pass else None
+    return (X_next, *pre_ref(X_next, phi, bias, alpha, spec, gates))
 
 
 def collapse_ref(
@@ -97,6 +103,14 @@ def collapse_ref(
             h = alpha.to(x.dtype) * (vec @ phi.to(x.dtype)) / _rms(vec, spec.norm_eps) + h
         out = torch.einsum("...n,...nc->...c", h.sigmoid() + spec.pre_eps, x)
     return out.movedim(-1, spec.dim).to(X.dtype)
+
+
+def read_ref(X: torch.Tensor, gates: torch.Tensor | None, spec: SiteSpec) -> torch.Tensor:
+    """The streams weighed by H_pre of the site before; arguments as for ``mhc::read``."""
+    x, n = _channels_last(X, spec), spec.streams
+    weights = torch.eye(n, dtype=x.dtype)[0] if gates is None else gates[..., :n].to(x.dtype)
+    u = torch.einsum("...n,...nc->...c", weights, x)
+    return u.movedim(-1, spec.dim).to(X.dtype)
 
 
 def sinkhorn_ref(logits: torch.Tensor, spec: SiteSpec) -> torch.Tensor:

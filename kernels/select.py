@@ -11,7 +11,7 @@ import torch
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels.cpp import launch as cpp_launch
 from mhc_compile.kernels.cpp import select as cpp
-from mhc_compile.kernels.layout import SeamGradients
+from mhc_compile.kernels.layout import PreGradients, SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch as triton_launch
 from mhc_compile.kernels.triton import select as triton
@@ -33,8 +33,9 @@ class Launcher(Protocol):
         alpha: torch.Tensor | None,
         spec: SiteSpec,
         shapes: Sequence[Sequence[int]],
+        gates: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``mhc::pre``."""
+        """``mhc::pre``; a single pass has gates."""
 
     def pre_backward(
         self,
@@ -48,8 +49,18 @@ class Launcher(Protocol):
         saved: torch.Tensor,
         spec: SiteSpec,
         dX_more: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``mhc::pre_backward``."""
+        with_dz: bool = False,
+        gates: torch.Tensor | None = None,
+    ) -> PreGradients:
+        """``mhc::pre_backward``, or ``mhc::pre_backward_dz``; a single pass has gates."""
+
+    def read(self, X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+        """``mhc::read``."""
+
+    def read_backward(
+        self, du: torch.Tensor, X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``mhc::read_backward``."""
 
     def post(
         self,
@@ -71,6 +82,22 @@ class Launcher(Protocol):
         spec: SiteSpec,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """``mhc::post_backward``."""
+
+    def post_backward_branch(
+        self, dY: torch.Tensor, h_post: torch.Tensor, dtype: torch.dtype, spec: SiteSpec
+    ) -> torch.Tensor:
+        """``mhc::post_backward_branch``."""
+
+    def post_backward_state(
+        self,
+        dY: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        spec: SiteSpec,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::post_backward_state``."""
 
     def seam(
         self,
@@ -101,8 +128,34 @@ class Launcher(Protocol):
         alpha: torch.Tensor | None,
         saved: torch.Tensor,
         spec: SiteSpec,
+        with_dz: bool = False,
     ) -> SeamGradients:
-        """``mhc::seam_backward``."""
+        """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
+
+    def phi_backward(
+        self,
+        dz: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor | None,
+        h_post: torch.Tensor | None,
+        h_res: torch.Tensor | None,
+        phi: torch.Tensor,
+        spec: SiteSpec,
+    ) -> torch.Tensor:
+        """``mhc::phi_backward``."""
+
+    def replay(
+        self,
+        X: torch.Tensor,
+        f: Sequence[torch.Tensor],
+        h_post: Sequence[torch.Tensor],
+        h_res: Sequence[torch.Tensor],
+        saved: Sequence[torch.Tensor],
+        bias: Sequence[torch.Tensor],
+        alpha: Sequence[torch.Tensor],
+        spec: SiteSpec,
+    ) -> list[torch.Tensor]:
+        """``mhc::replay``."""
 
     def collapse(
         self,

@@ -12,13 +12,13 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
-from mhc_compile.kernels import ops_ends, ops_post, ops_pre, ops_seam, ops_sinkhorn
+from mhc_compile.kernels import ops_ends, ops_post, ops_pre, ops_read, ops_seam, ops_sinkhorn
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 
 Placements = list[Placement | None]
 
-_MODULES = (ops_ends, ops_post, ops_pre, ops_seam, ops_sinkhorn)  # they define the ops
+_MODULES = (ops_ends, ops_post, ops_pre, ops_read, ops_seam, ops_sinkhorn)  # they define the ops
 
 # Results and arguments of each op. A state is [..., n, C] (or another layout), a narrow tensor what
 # the un-widened model has; h_post, h_res and saved are by token if the site is dynamic. A leading d
@@ -30,11 +30,13 @@ _OPS = {
     "expand_backward": ("narrow", "state -"),
     "collapse": ("narrow", f"state {_PARAMETERS} - -"),
     "collapse_backward": (f"state {_GRADIENTS}", f"narrow state {_PARAMETERS} -"),
-    "pre": ("narrow h_post h_res saved", f"state {_PARAMETERS} -"),
+    "pre": ("narrow h_post h_res saved", f"state {_PARAMETERS} - h_post"),
     "pre_backward": (
-        f"state {_GRADIENTS}",
-        f"narrow dh_post dh_res state {_PARAMETERS} saved - state",
+        f"state {_GRADIENTS} dh_post",
+        f"narrow dh_post dh_res state {_PARAMETERS} saved - state h_post",
     ),
+    "read": ("narrow", "state h_post -"),
+    "read_backward": ("state dh_post", "narrow state h_post -"),
     "post": ("state", "state narrow h_post h_res -"),
     "post_backward": ("state narrow dh_post dh_res", "state state narrow h_post h_res -"),
     "seam": (
@@ -57,6 +59,9 @@ def _rules(name: str, arguments: tuple[Any, ...]) -> list[tuple[Placements, Plac
     """
     results, inputs = (roles.split() for roles in _OPS[name])
     given = dict(zip(range(len(arguments)), inputs, strict=False))  # the last may have a default
+    is_given = [at in given and arguments[at] is not None for at in range(len(inputs))]
+    absent = {f"d{role}" for role, there in zip(inputs, is_given, strict=True) if not there}
+    results = ["dparam" if role in absent else role for role in results]  # empty
     dim, site = _layout(name, arguments)
     rank = next(
         arguments[position].ndim + (role == "narrow")

@@ -15,6 +15,10 @@ from mhc_compile.errors import KernelError
 MAX_STREAMS = 16
 """Largest number of residual streams."""
 
+REPLAYED = 8
+"""Sites that one kernel of ``mhc::replay`` takes at most: each has tensors of its own, and so pages
+of memory."""
+
 KERNELS = ("auto", "triton", "cpp", "reference")
 """What can compute the ops: the fastest that can, generated Triton or C++ or nothing else, plain
 torch."""
@@ -51,6 +55,9 @@ class SiteSpec:
     """Inside the root of the RMS norm; 0 leaves an all-zero token undefined."""
     dynamic: bool = True
     """Mappings depend on the token; otherwise they are the bias alone."""
+    single_pass: bool = False
+    """The streams are read with the H_pre of the site *before*, which stands in front of its
+    H_post; so one scan of the state makes u and the mappings (DeepSeek-V4.1)."""
     dim: int = -1
     """Channel axis of the un-widened tensor, counted from the end."""
     kernels: str = "auto"
@@ -69,8 +76,11 @@ class SiteSpec:
         _check_integer("streams", self.streams, 1, MAX_STREAMS)
         _check_integer("iters", self.iters, 1, math.inf)
         _check_integer("dim", self.dim, -math.inf, -1)
-        if not isinstance(self.dynamic, bool):
-            raise KernelError(f"dynamic={self.dynamic!r} is not allowed: use True or False")
+        for name in ("dynamic", "single_pass"):
+            if not isinstance(getattr(self, name), bool):
+                raise KernelError(
+                    f"{name}={getattr(self, name)!r} is not allowed: use True or False"
+                )
         if not isinstance(self.constraint, str) or not self.constraint.isidentifier():
             raise KernelError(f"constraint={self.constraint!r} is not allowed: give its name")
         for name in ("sinkhorn_eps", "pre_eps", "norm_eps"):
@@ -79,6 +89,11 @@ class SiteSpec:
             if not is_number or not math.isfinite(value) or value < 0:
                 raise KernelError(f"{name}={value!r} is not allowed: use a finite number >= 0")
             object.__setattr__(self, name, float(value))
+
+    @property
+    def gates(self) -> int:
+        """Numbers per token in h_post: n, or 2 n with H_pre in front of H_post."""
+        return 2 * self.streams if self.single_pass else self.streams
 
     def encode(self) -> str:
         """Write the specification as text; fields at their default are left out.
@@ -135,6 +150,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "pre_eps": float,
     "norm_eps": float,
     "dynamic": _read_bool,
+    "single_pass": _read_bool,
     "dim": int,
     "kernels": str,
 }

@@ -43,6 +43,8 @@ class Analysis:
     """Hand-written hyper-connections: those that are mhc ops now, and those that stay."""
     is_partial: bool = False
     """Whether a graph break makes the graph only a part of its function."""
+    single_pass: bool = False
+    """Whether sites are to read by the weights of the site before, see `plan_trunks`."""
 
     def host_of(self, planned: PlannedSite) -> nn.Module:
         """The module that keeps a planned site."""
@@ -61,6 +63,7 @@ def analyse(
     ask: Ask | None = None,
     number_of: NumberOf | None = None,
     starting: Starting = tuple,
+    single_pass: bool = False,
 ) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
 
@@ -75,6 +78,7 @@ def analyse(
         ask: who knows what happened between the inputs of the graph before it ran.
         number_of: see `hosted_sites`.
         starting: asked after ``refuse``: indices of sites that start streams of their own.
+        single_pass: as in `MHCConfig`; the plan depends on it.
     """
     if observe is not None:
         observe("before", gm)
@@ -88,7 +92,8 @@ def analyse(
         gm.recompile()
         residuals = find_residuals(gm.graph, ask)
     hosted = hosted_sites(residuals, resolve, number_of)
-    return _planned(Analysis(gm, residuals, hosted, Plan(), calls, chains), refuse, starting)
+    analysis = Analysis(gm, residuals, hosted, Plan(), calls, chains, single_pass=single_pass)
+    return _planned(analysis, refuse, starting)
 
 
 def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> Analysis:
@@ -99,7 +104,13 @@ def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> A
 def _planned(analysis: Analysis, refuse: Refuse, starting: Starting = tuple) -> Analysis:
     refused = dict(refuse(analysis.hosted))
     refused.update({site.index: site.refusal for site in analysis.hosted if site.refusal})
-    plan = plan_trunks(analysis.gm.graph, analysis.residuals, refused, starting())
+    plan = plan_trunks(
+        analysis.gm.graph,
+        analysis.residuals,
+        refused,
+        starting(),
+        single_pass=analysis.single_pass,
+    )
     return replace(analysis, plan=plan)
 
 

@@ -36,6 +36,7 @@ from mhc_compile.match import Matches, settle_options, sites_of
 from mhc_compile.pipeline import (
     ORDERING_PASSES,
     improving_passes,
+    joint_passes,
     lowered_passes,
     rewrite_passes,
     run_passes,
@@ -109,6 +110,7 @@ def compile_frame(
     record = recorder.start() if recorder is not None else None
     observe = record.observe if record is not None else None
     frame = Frame.current(gm)
+    config = settle_options(frame.modules.values(), given, config)
     matches = Matches(frame, config)
     copy, where = copy_captured(gm)
     resolve = resolve_by_id(frame.modules, frame.root)
@@ -120,11 +122,11 @@ def compile_frame(
         kernels=config.kernels,
         ask=ask_records(frame.root),
         starting=matches.starting,
+        single_pass=config.single_pass,
     )
     examples = [example_of(node) for node in _inputs(gm)]
     if record is not None:
         record.analysed(analysis, frame, config, examples)
-    config = settle_options(frame.modules.values(), given, config)
     piece = matches.check(analysis)
     known = len(matches.records)
     convert_now(analysis, matches, frame, config, examples)
@@ -170,17 +172,21 @@ def _lowering(
     )
     if side_stream and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         warnings.warn(_ONE_CONNECTION, MHCWarning, stacklevel=2)
-    if not lowered:
+    joint = joint_passes(config.skip_passes)
+    if not (joint or lowered):
         return None
 
     def run(phase: str, gm: GraphModule) -> bool:
+        if phase == "joint":
+            run_passes(gm, (), joint)
+            return False
         observe = record.lowering(phase, gm) if record is not None else None
         changed = run_passes(gm, (), lowered, observe)
         if changed and recorder is not None:
             write_recorded(recorder)
         return not ORDERING_PASSES.isdisjoint(changed)
 
-    names = " ".join(name for name, _ in lowered)
+    names = " ".join(name for name, _ in (*joint, *lowered))
     files = tuple(map(str, sorted(_PASSES.glob("*.py"))))
     return Lowering(run, names, files, side_stream)
 

@@ -1,7 +1,8 @@
 """Where a trunk crosses the edge of its graph: extra inputs and outputs, and the carry between."""
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from mhc_compile import carry
 from mhc_compile._torch_private import Compiled, fake_like, is_dtensor, without_tracing
 from mhc_compile.analysis import Analysis
 from mhc_compile.errors import UnsupportedGraphError
+from mhc_compile.kernels.layout import coefficient_dtype, widened_shape
+from mhc_compile.kernels.ops_pre import coefficient_shapes, entry_gates
+from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.match import sites_of
 from mhc_compile.passes.lane import Lane
 from mhc_compile.passes.plan import Boundary
@@ -24,18 +28,20 @@ class _Arrival:
 
     boundary: Boundary
     record: SiteRecord
-    streams: int
+    spec: SiteSpec
     position: int = -1
     """Index of the visible tensor among the call's arguments."""
-    state: Node | None = None
+    inputs: tuple[Node, ...] = ()
+    """The state and, of a single pass, the gates of the site before."""
 
-    def take(self, visible: torch.Tensor) -> Any:
-        """The state for this call: what arrives with ``visible``, or fresh at a trunk's start."""
+    def take(self, visible: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``inputs`` for this call: what arrives with ``visible``, or fresh at a trunk's start."""
         found = carry.get(visible, self.boundary.dim)
-        if isinstance(found, torch.Tensor):
+        if isinstance(found, tuple):
             return found
         if self.record.starts:
-            return torch.ops.mhc.expand(visible, self.streams, self.boundary.dim)
+            state = torch.ops.mhc.expand(visible, self.spec.streams, self.boundary.dim)
+            return (state, entry_gates(state, self.spec)) if self.spec.single_pass else (state,)
         raise UnsupportedGraphError(
             f"the streams were lost before {self.record.key} ({self.record.source}): between the "
             "previous block and this one something made a new tensor, wrote in place or detached "
@@ -52,6 +58,7 @@ class Borders:
         self.departures: list[Departure] = []
         """For the rewrite: trunks whose streams go on in another graph."""
         self._visible = 0
+        self._carried: list[int] = []  # tensors of each departing trunk
         plan = analysis.plan
         for trunk, arrival, departure in zip(
             plan.trunks, plan.arrivals, plan.departures, strict=True
@@ -60,9 +67,9 @@ class Borders:
             if arrival is not None and first.follows:
                 sites = sites_of(analysis.host_of(trunk[0]))
                 assert sites is not None, "a planned site has parameters"
-                streams = sites.site(first.key).spec.streams
+                spec = replace(sites.site(first.key).spec, dim=arrival.dim)
                 _refuse_sharded(arrival, first)
-                self._arrivals.append(_Arrival(arrival, first, streams))
+                self._arrivals.append(_Arrival(arrival, first, spec))
             elif not first.starts:
                 raise UnsupportedGraphError(
                     f"{first.key} ({first.source}) continues a trunk, and in this graph nothing "
@@ -77,23 +84,32 @@ class Borders:
         """Add an input for every arriving state; the lanes by the visible input they stand for."""
         lanes = {}
         for number, arrival in enumerate(self._arrivals):
-            last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-            with graph.inserting_after(last):
-                state = graph.placeholder(f"mhc_state_{number}")
-            state._dynamo_source = None
-            arrival.state = state
-            lanes[arrival.boundary.value] = Lane(state, arrival.boundary.dim, arrival.streams)
+            names = ("state", "gates") if arrival.spec.single_pass else ("state",)
+            for name in names:
+                last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+                with graph.inserting_after(last):
+                    node = graph.placeholder(f"mhc_{name}_{number}")
+                node._dynamo_source = None
+                arrival.inputs += (node,)
+            dim, streams = arrival.boundary.dim, arrival.spec.streams
+            state, *gates = arrival.inputs
+            lanes[arrival.boundary.value] = Lane(state, dim, streams, *gates)
         return lanes
 
     def is_state(self, placeholder: Node) -> bool:
-        """Whether an input of the rewritten graph is an arriving state, unknown to Dynamo."""
-        return any(arrival.state is placeholder for arrival in self._arrivals)
+        """Whether an input of the rewritten graph comes with a state, unknown to Dynamo."""
+        return any(placeholder in arrival.inputs for arrival in self._arrivals)
 
     def example(self, placeholder: Node) -> torch.Tensor:
         """A fake example for an arriving state, with the symbolic sizes of its tensor."""
-        arrival = next(arrival for arrival in self._arrivals if arrival.state is placeholder)
-        visible, dim = arrival.boundary.value.meta["example_value"], arrival.boundary.dim
-        return fake_like(visible, (*visible.shape[:dim], arrival.streams, *visible.shape[dim:]))
+        arrival = next(arrival for arrival in self._arrivals if placeholder in arrival.inputs)
+        visible, spec = arrival.boundary.value.meta["example_value"], arrival.spec
+        shape = widened_shape(visible.shape, spec.streams, spec.dim)
+        state = fake_like(visible, shape)
+        if placeholder is arrival.inputs[0]:
+            return state
+        # It is made from parameters: it requires grad wherever the state does.
+        return fake_like(visible, coefficient_shapes(state, spec)[0], coefficient_dtype(state))
 
     def leave(self, gm: GraphModule, widening: Widening) -> None:
         """Append the state of every departing trunk to the outputs of the rewritten graph."""
@@ -105,7 +121,12 @@ class Borders:
         assert isinstance(visible, tuple | list)
         self._visible = len(visible)
         if self.departures:
-            states = [widening.lanes[d.boundary.value].node for d in self.departures]
+            states: list[Node] = []
+            for departure in self.departures:
+                lane = widening.lanes[departure.boundary.value]
+                carried = (lane.node,) if lane.gates is None else (lane.node, lane.gates)
+                self._carried.append(len(carried))
+                states += carried
             output.args = ((*visible, *states),)
             gm.recompile()
 
@@ -116,11 +137,13 @@ class Borders:
 
         @without_tracing
         def call(*args: Any) -> Any:
-            states = [arrival.take(args[arrival.position]) for arrival in self._arrivals]
-            outputs = compiled(*args, *states)
-            for state, departure in zip(outputs[self._visible :], self.departures, strict=True):
+            taken = [arrival.take(args[arrival.position]) for arrival in self._arrivals]
+            outputs = compiled(*args, *itertools.chain(*taken))
+            states = iter(outputs[self._visible :])
+            for count, departure in zip(self._carried, self.departures, strict=True):
                 boundary = departure.boundary
-                carry.put(outputs[boundary.position], state, boundary.dim)
+                carried = tuple(itertools.islice(states, count))
+                carry.put(outputs[boundary.position], carried, boundary.dim)
             return tuple(outputs[: self._visible])
 
         return call

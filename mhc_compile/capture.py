@@ -65,6 +65,8 @@ def capture_model(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     refuse: Refuse,
+    *,
+    single_pass: bool = False,
 ) -> Capture:
     """Trace ``model(*args, **kwargs)`` and analyse every graph of it.
 
@@ -77,10 +79,11 @@ def capture_model(
             what it is.
     """
     capture = Capture()
+    collector = _Collector(model, capture, refuse, single_pass)
     reset_dynamo()
     try:
         with _untouched(model), watch_breaks() as capture.breaks:
-            torch.compile(model, backend=_Collector(model, capture, refuse))(*args, **kwargs)
+            torch.compile(model, backend=collector)(*args, **kwargs)
     except Exception as error:
         cause = error.__cause__ or error.__context__
         ours = error if isinstance(error, MHCError) else getattr(error, "inner_exception", cause)
@@ -110,12 +113,15 @@ def _failure(model: nn.Module, error: Exception) -> str:
 class _Collector:
     """A backend that analyses each graph and then runs it as it is."""
 
-    def __init__(self, model: nn.Module, capture: Capture, refuse: Refuse) -> None:
+    def __init__(
+        self, model: nn.Module, capture: Capture, refuse: Refuse, single_pass: bool
+    ) -> None:
         self.parameters = ParameterOwners(model)
         self.capture = capture
         self.refuse = refuse
         self.lines: dict[type, list[tuple[str, int]]] = defaultdict(list)
         """By class: the lines of the sites of calls that run in pieces, as `_numbers_in` says."""
+        self.single_pass = single_pass
         self.__name__ = "mhc_collector"
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -140,6 +146,7 @@ class _Collector:
                     self.refuse,
                     ask=autograd.ask,
                     number_of=number_of,
+                    single_pass=self.single_pass,
                 )
                 made.is_partial = is_partial
                 analyses[autograd.answers(args)] = made

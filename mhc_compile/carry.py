@@ -52,7 +52,13 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def put(visible: torch.Tensor, state: Any, dim: int) -> None:
-    """Let ``state`` (channel axis ``dim``) travel with ``visible``, its collapsed form."""
+    """Let ``state`` travel with ``visible``, its collapsed form.
+
+    Args:
+        visible: what the next graph gets.
+        state: the streams, in a tuple with what else their next reader needs; or any note.
+        dim: channel axis.
+    """
     visible.untyped_storage()._mhc = _Cell(  # type: ignore[attr-defined]
         state, dim, _version(visible), _geometry(visible), visible.grad_fn, visible.output_nr
     )
@@ -78,4 +84,7 @@ def get(visible: torch.Tensor, dim: int) -> Any:
         return None
     if node is None:
         return None if visible.requires_grad else cell.state
-    return _Tie.apply(cell.state, visible) if isinstance(cell.state, torch.Tensor) else cell.state  # type: ignore[no-untyped-call]
+    if not isinstance(cell.state, tuple):
+        return cell.state
+    state, *gates = cell.state
+    return _Tie.apply(state, visible), *gates  # type: ignore[no-untyped-call]

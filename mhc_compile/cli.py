@@ -194,7 +194,8 @@ def _build(options: argparse.Namespace, tell: Callable[[str], None]) -> Built:
 
 def _config(options: argparse.Namespace) -> MHCConfig:
     """The fields that were named on the command line; all others keep their default."""
-    names = [field for field, _, _ in _CONFIG_FLAGS.values()] + ["include", "exclude", "dynamic"]
+    names = [field for field, _, _ in _CONFIG_FLAGS.values()]
+    names += ["include", "exclude", "dynamic", "single_pass"]
     values = {name: getattr(options, name, None) for name in names}
     return MHCConfig(**{name: value for name, value in values.items() if value is not None})
 
@@ -339,6 +340,12 @@ def _config_flags(parser: argparse.ArgumentParser, flags: Iterable[str]) -> argp
         action="store_const",
         const=False,
         help="mappings that do not depend on the token",
+    )
+    config.add_argument(
+        "--single-pass",
+        action="store_const",
+        const=True,
+        help="read the streams by the weights of the site before",
     )
     return config
 

@@ -6,12 +6,12 @@ from glob import escape
 from typing import Any, Literal, Self, get_args
 
 from mhc_compile.errors import ConfigError, KernelError
-from mhc_compile.kernels.constraints import constraint_named
+from mhc_compile.kernels.constraints import constraint_named, constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.pipeline import OPTIONAL_PASSES
 from mhc_compile.report import Site
 
-Collapse = Literal["mean", "sum", "learned"]
+Collapse = Literal["mean", "sum", "learned", "pre"]
 Init = Literal["preserve", "paper"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 OnEager = Literal["raise", "warn", "ignore"]
@@ -60,8 +60,12 @@ class MHCConfig:
     """Inside the root of the RMS norm of the streams, equation (15)."""
     dynamic: bool = True
     """Mappings depend on the token (phi, alpha and bias); False keeps the static bias alone."""
-    collapse: Collapse = "mean"
-    """How the streams become one again at the end of a trunk."""
+    single_pass: bool = False
+    """Each site reads the streams by the H_pre of the site before, so that one scan of them makes
+    its input and its mappings (DeepSeek-V4.1). The first site of a trunk reads the first stream."""
+    collapse: Collapse | None = None
+    """How the streams become one again at the end of a trunk: "mean", "sum" or "learned"; with
+    ``single_pass`` "pre", by the H_pre of the last site. None takes "mean", or "pre"."""
     init: Init = "preserve"
     """"preserve" leaves the model's outputs unchanged; "paper" is the paper's appendix A.6."""
     include: Filter = ("*",)
@@ -98,6 +102,8 @@ class MHCConfig:
 
     def __post_init__(self) -> None:
         """Check every field; see `ConfigError`."""
+        if self.collapse is None:
+            object.__setattr__(self, "collapse", "pre" if self.single_pass else "mean")
         for name, kind in _CHOICES.items():
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
@@ -128,6 +134,12 @@ class MHCConfig:
             )
         if not isinstance(self.side_stream, bool):
             raise ConfigError(f"side_stream={self.side_stream!r} is not allowed: use True or False")
+        if (self.collapse == "pre") != self.single_pass:
+            raise ConfigError(
+                f"collapse={self.collapse!r} is not allowed with single_pass={self.single_pass}: "
+                "a single pass ends with collapse='pre', the weights of its last site, and nothing "
+                "else does"
+            )
         if self.collapse == "sum" and self.init == "preserve":
             raise ConfigError(
                 f"collapse='sum' multiplies the trunk by {self.streams} and so cannot preserve the "
@@ -169,8 +181,7 @@ class MHCConfig:
         """The specification of one site whose channel axis is ``dim`` (counted from the end)."""
         try:
             constraint = constraint_named(self.constraint)
-            constraint.check(self.streams)
-            return SiteSpec(
+            spec = SiteSpec(
                 streams=self.streams,
                 constraint=self.constraint,
                 iters=self.sinkhorn_iters,
@@ -178,9 +189,12 @@ class MHCConfig:
                 pre_eps=_or(self.pre_eps, constraint.default_eps),
                 norm_eps=self.norm_eps,
                 dynamic=self.dynamic,
+                single_pass=self.single_pass,
                 dim=dim,
                 kernels=self.kernels,
             )
+            constraint_of(spec)
+            return spec
         except KernelError as error:
             raise ConfigError(str(error)) from error
 

@@ -107,12 +107,12 @@ def _capture(
     def refuse(hosted: list[HostedSite]) -> dict[int, str]:
         return refuse_filtered(hosted, config, names)
 
-    capture = capture_model(model, args, kwargs, refuse)
+    capture = capture_model(model, args, kwargs, refuse, single_pass=config.single_pass)
     if model.training or converted:
         return capture
     modes = [(module, module.training) for module in model.modules()]
     try:
-        other = capture_model(model.train(), args, kwargs, refuse)
+        other = capture_model(model.train(), args, kwargs, refuse, single_pass=config.single_pass)
     except Exception:  # whatever the model has against training on these inputs: it need not
         return capture
     finally:

@@ -20,7 +20,7 @@ from mhc_compile.convert import convert_, is_converted, revert_
 from mhc_compile.errors import MHCError
 from mhc_compile.mlir import check_mlir
 from mhc_compile.passes.widen import Widening
-from mhc_compile.pipeline import lowered_passes, run_passes
+from mhc_compile.pipeline import Pass, joint_passes, lowered_passes, run_passes
 from mhc_compile.recorder import GraphRecord, Recorder
 from mhc_compile.report import Report
 from mhc_compile.stages import DumpOptions
@@ -85,7 +85,8 @@ def lowered_graphs(
     Raises:
         UnsupportedGraphError: the model cannot be converted.
     """
-    recorder, config = _LoweredRecorder(), config or MHCConfig()
+    config = config or MHCConfig()
+    recorder = _LoweredRecorder(joint=joint_passes(config.skip_passes))
     report = _watch(recorder, model, args, kwargs, config)
     passes = lowered_passes(config.skip_passes, overlap=config.overlap)
     for graph in recorder.lowered:
@@ -93,20 +94,24 @@ def lowered_graphs(
     return report, recorder.lowered
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _LoweredRecorder(Recorder):
     """Keeps the graphs of AOTAutograd, which others would only write down."""
 
+    joint: list[tuple[str, Pass]]
+    """What happens to them before they are cut in two."""
     lowered: list[LoweredGraph] = field(default_factory=list)
 
     def start(self) -> GraphRecord:
-        self.graphs.append(_LoweredRecord(len(self.graphs), self.options, lowered=self.lowered))
+        kept: dict[str, Any] = {"lowered": self.lowered, "joint": self.joint}
+        self.graphs.append(_LoweredRecord(len(self.graphs), self.options, **kept))
         return self.graphs[-1]
 
 
 @dataclass(slots=True, kw_only=True)
 class _LoweredRecord(GraphRecord):
     lowered: list[LoweredGraph]
+    joint: list[tuple[str, Pass]]
 
     def rewritten(self, gm: GraphModule, widening: Widening, inputs: Sequence[Any]) -> None:
         def see(phase: str, traced: GraphModule) -> None:
@@ -114,7 +119,7 @@ class _LoweredRecord(GraphRecord):
                 self.lowered.append(LoweredGraph(self.number, phase, traced))
 
         copy, _ = copy_captured(gm)
-        trace_autograd(copy, inputs, see)
+        trace_autograd(copy, inputs, see, lambda joint: run_passes(joint, (), self.joint))
 
 
 def _watch(

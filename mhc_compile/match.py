@@ -7,7 +7,7 @@ that is refused, never compiled as something else.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Protocol
 
 from torch import nn
@@ -184,7 +184,7 @@ _AT_COMPILE = frozenset({"inner", "overlap", "recompute", "side_stream", "skip_p
 def settle_options(
     modules: Iterable[nn.Module], given: frozenset[str], config: MHCConfig
 ) -> MHCConfig:
-    """What is in force for a graph: the options that were given, else those of the conversion.
+    """What is in force for a graph: that of its conversion, but for options of compilation.
 
     Args:
         modules: those of the graph.
@@ -194,19 +194,20 @@ def settle_options(
     Raises:
         ConfigError: a given option contradicts the conversion; with both values.
     """
-    mine = asdict(config)
     known = map(sites_of, modules)
     converted = next((sites.config for sites in known if sites is not None), None)
     if converted is None:
         return config
+    theirs = MHCConfig(**converted)
     for name in sorted(given - _AT_COMPILE):
-        if mine[name] != converted[name]:
+        mine, there = getattr(config, name), getattr(theirs, name)
+        if mine != there:
             raise ConfigError(
-                f"{name}={mine[name]!r} contradicts the conversion of this model, which had "
-                f"{name}={converted[name]!r}: leave the option out, or mhc_compile.revert_(model) "
+                f"{name}={mine!r} contradicts the conversion of this model, which had "
+                f"{name}={there!r}: leave the option out, or mhc_compile.revert_(model) "
                 "and convert again"
             )
-    return replace(config, **{name: converted[name] for name in _AT_COMPILE - given})
+    return replace(theirs, **{name: getattr(config, name) for name in given & _AT_COMPILE})
 
 
 def _align(

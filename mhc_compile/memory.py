@@ -43,7 +43,8 @@ class TrunkMemory:
     without: int
     """What would be kept without recomputation: every state, branch output and mapping."""
     rows: int
-    """Extra work: rows of C that a step moves once more, 2 n + 2 a site."""
+    """Extra work: rows of C that a step moves once more. A replay of known mappings reads the state
+    of its block and moves n + 2 rows a site; static sites are made again op by op, 2 n + 2."""
 
     @property
     def kept(self) -> int:
@@ -115,5 +116,12 @@ def _trunk(trunk: Trunk, site: Site, config: dict[str, Any]) -> TrunkMemory:
         mappings=count * mapping,
         replay=(n + 2) * block * row,
         without=everything,
-        rows=(2 * n + 2) * count if block else 0,
+        rows=_replayed_rows(count, blocks, n, dynamic=config["dynamic"]),
     )
+
+
+def _replayed_rows(sites: int, blocks: int, n: int, *, dynamic: bool) -> int:
+    if not blocks:
+        return 0
+    reads, seams = blocks * (n + 1), sites - blocks  # the first site of a block is only read
+    return reads + seams * (n + 2 if dynamic else 2 * n + 2)

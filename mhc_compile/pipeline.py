@@ -13,6 +13,7 @@ from mhc_compile.passes.chains import Chain, rewrite_chains_pass
 from mhc_compile.passes.gradients import accumulate_gradients_pass
 from mhc_compile.passes.overlap import Overlap, overlap_collectives_pass
 from mhc_compile.passes.recompute import tag_recompute_pass
+from mhc_compile.passes.replay import keep_mappings_pass, replay_sites_pass
 from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.split import split_sites_pass
 from mhc_compile.passes.stream_lowering import lower_streams_pass
@@ -23,7 +24,7 @@ Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
 OPTIONAL_PASSES = (
-    *("join_seams_pass", "accumulate_gradients_pass"),
+    *("join_seams_pass", "keep_mappings_pass", "replay_sites_pass", "accumulate_gradients_pass"),
     *("split_sites_pass", "overlap_collectives_pass"),
     *("assign_streams_pass", "lower_streams_pass"),
 )
@@ -75,6 +76,16 @@ def improving_passes(
     return [(name, function) for name, function in passes if name not in skip]
 
 
+def joint_passes(skip: Collection[str] = ()) -> list[tuple[str, Pass]]:
+    """What happens to the graph of both directions that AOTAutograd makes, in order.
+
+    Args:
+        skip: names to leave out, of `OPTIONAL_PASSES`.
+    """
+    passes: list[tuple[str, Pass]] = [("keep_mappings_pass", keep_mappings_pass)]
+    return [(name, function) for name, function in passes if name not in skip]
+
+
 def lowered_passes(
     skip: Collection[str] = (),
     *,
@@ -90,7 +101,10 @@ def lowered_passes(
         side_stream: likewise.
         report: gets what runs while collectives are pending.
     """
-    passes: list[tuple[str, Pass]] = [("accumulate_gradients_pass", accumulate_gradients_pass)]
+    passes: list[tuple[str, Pass]] = [
+        ("replay_sites_pass", replay_sites_pass),
+        ("accumulate_gradients_pass", accumulate_gradients_pass),
+    ]
     if overlap != "off":
         # First: it makes work for the windows that the next one fills.
         passes.append(("split_sites_pass", split_sites_pass))

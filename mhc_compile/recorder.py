@@ -37,7 +37,7 @@ from mhc_compile.pictures.trunks import (
     rewritten_spine,
 )
 from mhc_compile.pictures.view import GraphView
-from mhc_compile.pipeline import Observer
+from mhc_compile.pipeline import Observer, joint_passes, run_passes
 from mhc_compile.report import Report
 from mhc_compile.reporting import build_report
 from mhc_compile.stages import AFTER, DumpOptions, Stage, make_stage
@@ -182,7 +182,7 @@ class GraphRecord:
                 self._add_mlir(traced, phase, number)
 
         copy, _ = copy_captured(gm)
-        trace_autograd(copy, inputs, see)
+        trace_autograd(copy, inputs, see, lambda joint: run_passes(joint, (), joint_passes()))
 
     def _add_mlir(self, traced: GraphModule, phase: str, number: int) -> None:
         """Add the MLIR of an AOTAutograd graph to its stage."""

@@ -55,8 +55,14 @@ def rewrite(
     exported = _export(model, args, kwargs, dynamic_shapes)
     scope = _ExportScope(model)
     matches = Matches(scope, config)
+    in_force = settle_options(model.modules(), frozenset(), config)
     analysis = analyse(
-        exported, resolve_by_path(model), matches.refuse, observe, kernels=config.kernels
+        exported,
+        resolve_by_path(model),
+        matches.refuse,
+        observe,
+        kernels=config.kernels,
+        single_pass=in_force.single_pass,
     )
     matches.check(analysis)
     built = {id(module): sites for module in model.modules() if (sites := sites_of(module))}

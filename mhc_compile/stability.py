@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.passes.states import COLLAPSE, PRE, SEAM, trunk_of_states
+from mhc_compile.passes.states import COLLAPSE, PRE, READ, SEAM, trunk_of_states
 from mhc_compile.passes.values import source_line
 from mhc_compile.rewrite import rewrite
 
@@ -169,7 +169,7 @@ class _Observer(fx.Interpreter):
             maps = h_res.detach().double().reshape(-1, *h_res.shape[-2:])
             trunk = self.trunk_of[cast("fx.Node", _argument(n, "X"))]
             self.seen.append((_site_name(n), trunk, maps, _spread(X, spec)))
-        elif n.target is COLLAPSE:
+        elif n.target in (COLLAPSE, READ):
             X, spec = self._state(n), SiteSpec.decode(cast("str", _argument(n, "spec")))
             self.spreads[self.trunk_of[cast("fx.Node", _argument(n, "X"))]] = _spread(X, spec)
         return result

@@ -48,6 +48,8 @@ class Device:
     """Seconds that any collective takes at least."""
     link_bandwidth: float
     """Bytes per second that one device sends."""
+    phi_apart: bool
+    """Whether kernels make the gradient of phi in a pass of its own, also inside a whole op."""
 
 
 CPU = Device(
@@ -62,6 +64,7 @@ CPU = Device(
     # Assumptions: TCP between two hosts, 10 Gbit/s.
     link_latency=100e-6,
     link_bandwidth=1.25e9,
+    phi_apart=False,
 )
 H100 = Device(
     name="NVIDIA H100 SXM, over NVLink",
@@ -75,6 +78,7 @@ H100 = Device(
     launch=4e-6,
     op_launch=4e-6,
     link_latency=15e-6,
+    phi_apart=True,
 )
 
 _UNKNOWN = 1
@@ -196,16 +200,38 @@ def _is_mhc(node: Node) -> bool:
 def _mhc_flops(node: Node) -> int:
     """Of an mhc op: its projection and its mixing, twice each in a backward."""
     assert isinstance(node.target, OpOverload)
-    op, _, backward = node.target._schema.name.removeprefix("mhc::").partition("_")
     names = (argument.name for argument in node.target._schema.arguments)
     given = dict(zip(names, node.args, strict=False))  # those with a default may be missing
     sizes = {name: _shape(value_of(arg)) for name, arg in given.items() if isinstance(arg, Node)}
-    if op not in ("pre", "post", "seam", "collapse") or (op == "collapse" and "bias" not in sizes):
+    name = node.target._schema.name.removeprefix("mhc::")
+    is_sum = name.startswith("collapse") and "bias" not in sizes
+    kinds = ("pre", "post", "seam", "collapse", "read", "replay", "phi")
+    if is_sum or name.partition("_")[0] not in kinds:
         return 0
-    elements, n = math.prod(sizes["X"]), SiteSpec.decode(str(given["spec"])).streams
-    width = sizes["bias"][0] if "phi" in sizes else 0
+    elements = math.prod(sizes["X" if "X" in sizes else "dY"])
+    n = SiteSpec.decode(str(given["spec"])).streams
     post = elements * (2 * n + 2)  # H_res X, and H_post f added
-    pre = elements * (2 * width + 2)  # vec(X) phi, and H_pre X
-    forward = {"pre": pre, "post": post, "seam": pre + post, "collapse": pre}[op]
-    again = {"seam": post, "collapse": pre}.get(op, 0)  # what the backward did not keep: X', z
-    return 2 * forward + again if backward else forward
+    read = elements * 2  # H_pre X
+    phi = elements * 2 * (sizes["phi"][-1] if "phi" in sizes else 0)  # vec(X) phi
+    pre = phi + read
+    again = post if "f" in sizes else 0  # X', which the backward did not keep
+    if name == "replay":
+        counts = {name: len(arg) for name, arg in given.items() if isinstance(arg, list)}
+        return post * counts["f"] + read * counts["saved"]
+    return {
+        "pre": pre,
+        "pre_backward": 2 * pre,
+        "pre_backward_dz": 2 * pre - phi,
+        "phi_backward": phi + again,
+        "post": post,
+        "post_backward": 2 * post,
+        "post_backward_branch": read,
+        "post_backward_state": 2 * post - read,
+        "seam": pre + post,
+        "seam_backward": 2 * (pre + post) + again,
+        "seam_backward_dz": 2 * (pre + post) + again - phi,
+        "read": read,
+        "read_backward": 2 * read,
+        "collapse": pre,
+        "collapse_backward": 3 * pre,  # z is made again
+    }[name]

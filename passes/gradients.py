@@ -22,8 +22,8 @@ from mhc_compile.passes.values import OPERAND_VALUES, value_of
 
 _PRE_BACKWARD = torch.ops.mhc.pre_backward.default
 _ADD = torch.ops.aten.add.Tensor
-_ARGUMENTS = 9
-"""Of a pre_backward that adds nothing yet."""
+_MORE = 9
+"""Where a pre_backward takes what it adds; behind it, a single-pass one takes its gates."""
 
 
 def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
@@ -53,10 +53,11 @@ def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) ->
         if later:
             nodes = stable_order(nodes, before)
             number = {node: at for at, node in enumerate(nodes)}
-        call.args = (*call.args, more)
+        call.args = (*call.args[:_MORE], more, *call.args[_MORE + 1 :])
         if OPERAND_VALUES in call.meta:
             values, named = call.meta[OPERAND_VALUES]
-            call.meta[OPERAND_VALUES] = ((*values, value_of(more)), named)
+            values = (*values[:_MORE], value_of(more), *values[_MORE + 1 :])
+            call.meta[OPERAND_VALUES] = (values, named)
         total.replace_all_uses_with(own)
         taken.append(total)
     reorder(gm.graph, nodes)
@@ -71,7 +72,8 @@ def _sums(gm: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
         own = next(
             (part for part in call.users if part.target is getitem and part.args[1] == 0), None
         )
-        if len(call.args) != _ARGUMENTS or own is None or len(own.users) != 1:
+        has_more = call.args[_MORE : _MORE + 1] not in ((), (None,))
+        if has_more or own is None or len(own.users) != 1:
             continue
         (total,) = own.users
         if total.target is not _ADD or total.kwargs or len(total.all_input_nodes) != 2:

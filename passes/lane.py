@@ -13,6 +13,9 @@ class Lane:
     node: Node
     dim: int
     streams: int
+    gates: Node | None = None
+    """What the next single-pass site reads the streams with: the gates of the last one. None before
+    the first, and where sites make their own weights."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from mhc_compile.passes.lane_norms import NORMS, REDUCTIONS
 from mhc_compile.passes.lane_pointwise import DROPOUT, POINTWISE
 from mhc_compile.passes.lane_views import VIEWS
 from mhc_compile.passes.opnames import first_input, is_in_place, op_name
-from mhc_compile.passes.values import meta_of_part, rank
+from mhc_compile.passes.values import dims, is_tensor, meta_of_part, rank
 
 _RULES = {**POINTWISE, **DROPOUT, **NORMS, **REDUCTIONS, **VIEWS}
 
@@ -57,4 +57,27 @@ def emit_lane(graph: Graph, node: Node, lanes: Lanes) -> Lane:
         twin = _RULES[op_name(node)].emit(graph, node, operands, operand)
     while (new := new.next) is not node:
         new.meta = meta_of_part(node)
-    return Lane(twin, dim, operand.streams)
+    gates = {lane.gates for lane in operands.values()}
+    assert len(gates) == 1, f"{node} joins streams of two sites"
+    return Lane(twin, dim, operand.streams, gates.pop())
+
+
+def keeps_tokens(node: Node, dims_of: Mapping[Node, int]) -> bool:
+    """Whether what belongs to a token of its operands belongs to the same token of ``node``.
+
+    Args:
+        node: an operation that `plan_lane` agreed to.
+        dims_of: channel axis of ``node`` and of each operand that has streams.
+    """
+    operand = next(arg for arg in node.all_input_nodes if arg in dims_of)
+    if not is_tensor(node) or not is_tensor(operand):  # a norm with several results
+        return True
+    if op_name(node) in VIEWS:
+        return False
+    return _tokens(node, dims_of[node]) == _tokens(operand, dims_of[operand])
+
+
+def _tokens(node: Node, dim: int) -> list[object]:
+    sizes = list(dims(node))
+    del sizes[dim]
+    return sizes

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from mhc_compile.passes.aliases import AliasIndex
 from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.lane import NotLiftable
-from mhc_compile.passes.lanes import plan_lane
+from mhc_compile.passes.lanes import keeps_tokens, plan_lane
 from mhc_compile.passes.layout import channel_axis
 from mhc_compile.passes.sites import Residuals, ResidualSite
 from mhc_compile.passes.trunks import RootSearch, branch_nodes
@@ -89,6 +89,8 @@ def plan_trunks(
     residuals: Residuals,
     refused: Mapping[int, str],
     starting: Container[int] = (),
+    *,
+    single_pass: bool = False,
 ) -> Plan:
     """Plan the rewrite of ``graph``.
 
@@ -97,8 +99,10 @@ def plan_trunks(
         residuals: what `find_residuals` says of it.
         refused: site index -> reason, for sites the caller leaves out (excluded, no owner, ...).
         starting: sites that start streams of their own, whatever leads to them.
+        single_pass: each site reads the streams by weights of the site before, token by token:
+            where the trunk moves its tokens, it ends and another one starts.
     """
-    return _Planner(graph, residuals, refused, starting).run()
+    return _Planner(graph, residuals, refused, starting, single_pass).run()
 
 
 class _Planner:
@@ -108,9 +112,11 @@ class _Planner:
         residuals: Residuals,
         refused: Mapping[int, str],
         starting: Container[int],
+        single_pass: bool,
     ) -> None:
         self.graph = graph
         self.starting = starting
+        self.single_pass = single_pass
         self.residuals = residuals
         self.aliases = AliasIndex(graph)
         self.flow = FlowIndex(graph)
@@ -209,6 +215,10 @@ class _Planner:
             if isinstance(planned, NotLiftable):
                 return f"the skip has no per-stream form: {planned.reason}"
             new[value] = planned
+            if self.single_pass and not keeps_tokens(value, known):
+                return (
+                    f"the skip moves tokens ({describe(value)}), and single_pass has weights each"
+                )
         new[site.root] = known[site.skip]
         is_entry = trunk is None
         if trunk is None:
@@ -232,6 +242,8 @@ class _Planner:
             if isinstance(planned, NotLiftable) or self.aliases.is_written(node):
                 return None
             new[node] = planned
+            if self.single_pass and not keeps_tokens(node, known):
+                return None
         return new if root in known else None
 
     def _crosses_branch(self, index: int, previous: int, region: tuple[Node, ...]) -> bool:

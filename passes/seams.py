@@ -13,15 +13,16 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from mhc_compile.passes.states import POST, PRE, SEAM
+from mhc_compile.passes.states import POST, PRE, SEAM, spec_of
 from mhc_compile.passes.values import RECOMPUTE, REGION, meta_of_part
 
 
 def join_seams_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
     """Join every post with the pre that reads its state, in place.
 
-    Left alone: sites whose specifications differ, those in different checkpointed regions, and a
-    pre whose parameters are computed after something else reads the state.
+    Left alone: sites whose specifications differ, those in different checkpointed regions, a pre
+    whose parameters are computed after something else reads the state, and a single-pass pre that
+    does not read by the weights of the site before.
     """
     del example_inputs
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
@@ -35,7 +36,9 @@ def _pairs(gm: GraphModule, order: Mapping[Node, int]) -> Iterator[tuple[Node, N
     """A post, the pre that goes with it, and the node behind which their seam can stand."""
     for post in gm.graph.find_nodes(op="call_function", target=POST):
         for pre in post.users:
-            if pre.target is not PRE or pre.args[0] is not post or pre.args[-1] != post.args[-1]:
+            if pre.target is not PRE or pre.args[0] is not post or pre.args[4] != post.args[4]:
+                continue
+            if pre.args[5:] != ((post.args[2],) if spec_of(post).single_pass else ()):
                 continue
             if any(pre.meta.get(key) != post.meta.get(key) for key in (RECOMPUTE, REGION)):
                 continue
@@ -48,7 +51,7 @@ def _pairs(gm: GraphModule, order: Mapping[Node, int]) -> Iterator[tuple[Node, N
 
 
 def _join(gm: GraphModule, post: Node, pre: Node, behind: Node) -> None:
-    graph, (*state, spec), (_, *parameters, _) = gm.graph, post.args, pre.args
+    graph, (*state, spec), parameters = gm.graph, post.args, pre.args[1:4]
     with graph.inserting_after(behind):
         arguments = (*state, *parameters, spec)
         seam = graph.create_node("call_function", SEAM, arguments, name=f"{post.name}_seam")

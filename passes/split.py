@@ -17,15 +17,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.passes.collectives import is_wait, waits_of_starts
+from mhc_compile.passes.draft import Draft
 from mhc_compile.passes.estimate import Device, device_of, node_seconds, transfer_seconds
+from mhc_compile.passes.split_backward import split_backwards
 from mhc_compile.passes.states import COLLAPSE, POST, PRE, SEAM, spec_of
-from mhc_compile.passes.values import OPERAND_VALUES, meta_of_part, value_of
+from mhc_compile.passes.values import value_of
 
 _ATEN = torch.ops.aten
 
@@ -36,7 +37,8 @@ def split_sites_pass(
     """Split every site of a lowered graph that gains by it, in place.
 
     Left alone: static sites, which have nothing to compute; constraints with gates or norms of
-    their own; sites without a collective between u and the post-mix.
+    their own; single passes, whose point is to read the streams once; sites without a collective
+    between u and the post-mix.
 
     Args:
         gm: a functional graph of ATen operations, as AOTAutograd makes it.
@@ -56,8 +58,8 @@ def split_sites_pass(
             continue
         pending = sum(transfer_seconds(start, device) for start in _pending(node, start_of, index))
         if pending:
-            modified |= _split(gm.graph, node, pending, device)
-    return PassResult(gm, modified)
+            modified |= _split(node, pending, device)
+    return PassResult(gm, split_backwards(gm.graph, starts, device) or modified)
 
 
 def _has_halves(node: Node) -> bool:
@@ -65,6 +67,7 @@ def _has_halves(node: Node) -> bool:
     spec = spec_of(node)
     constraint = constraint_of(spec)
     same = spec.dynamic and constraint.gate == "sigmoid" and not constraint.per_stream
+    same = same and not spec.single_pass
     return same and bool(_parts(node, _first(node)))
 
 
@@ -104,18 +107,15 @@ def _pending(
     return found
 
 
-def _split(graph: Graph, site: Node, pending: float, device: Device) -> bool:
+def _split(site: Node, pending: float, device: Device) -> bool:
     """Put the halves of a site in its place if that is worth it."""
-    halves, places = _halves(site)
-    whole, *costs = (node_seconds(node, device) for node in (site, *halves.nodes))
-    total, mappings = sum(costs), costs[-2]  # the last node is the output
+    draft, results = _halves(site)
+    whole, costs = node_seconds(site, device), draft.seconds(device)
+    total, mappings = sum(costs), costs[-1]
     # Until the branch has its input, plus what of the mappings the collective is too short for.
     if total - mappings + max(0.0, mappings - pending) >= whole:
         return False
-    with graph.inserting_before(site):
-        made = graph.graph_copy(halves, places)
-    assert isinstance(made, tuple)
-    state, u, mapped = made
+    state, u, mapped = draft.place(*results)
     first = _first(site)
     for part in list(site.users):
         position = part.args[1]
@@ -124,54 +124,33 @@ def _split(graph: Graph, site: Node, pending: float, device: Device) -> bool:
             part.args = (mapped, position - first)
         else:
             part.replace_all_uses_with(u if position == first else state)
-            graph.erase_node(part)
-    graph.erase_node(site)
+            site.graph.erase_node(part)
+    site.graph.erase_node(site)
     return True
 
 
-def _halves(site: Node) -> tuple[Graph, dict[Node, Node]]:
-    """The graph of the halves, and the nodes that its inputs stand for.
-
-    Its output is (state, u, results of pre); the last operation is the one that can wait.
-    """
-    graph, places = Graph(), dict[Node, Node]()
-
-    def read(source: Any) -> Node:
-        node = graph.placeholder(source.name)
-        node.meta = dict(source.meta)
-        places[node] = source
-        return node
-
-    def call(suffix: str, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = graph.create_node("call_function", target, args, kwargs, name=site.name + suffix)
-        node.meta = {**meta_of_part(site), "val": value}
-        if OPERAND_VALUES in site.meta:
-            node.meta[OPERAND_VALUES] = (map_arg(args, value_of), kwargs)
-        return node
-
-    inputs = [read(source) for source in site.all_input_nodes]
-    of = dict(zip(site.all_input_nodes, inputs, strict=True))
-    spec, n = str(site.args[-1]), spec_of(site).streams
-    *state_args, phi, bias, alpha = (of[arg] for arg in site.args[:-1])  # type: ignore[index]
-    values = value_of(site)
+def _halves(site: Node) -> tuple[Draft, tuple[Node, Node, Node]]:
+    """The operations, of which the last can wait; the state, u and what pre gives."""
+    draft = Draft(site)
+    *state_args, phi, bias, alpha, spec = draft.operands()
+    n, values = spec_of(site).streams, value_of(site)
     state = state_args[0]
     if site.target is SEAM:
-        state = call("_post", values[0], POST, *state_args, spec)
+        state = draft.call("_post", values[0], POST, *state_args, spec)
     with value_of(phi).fake_mode:
         columns = value_of(phi)[:, :n]
         parts = columns.contiguous(), value_of(bias)[:n], value_of(alpha)[:1]
     own = (
-        call(
+        draft.call(
             "_phi",
             parts[0],
             _ATEN.clone.default,
-            call("_columns", columns, _ATEN.slice.Tensor, phi, 1, 0, n),
+            draft.call("_columns", columns, _ATEN.slice.Tensor, phi, 1, 0, n),
             memory_format=torch.contiguous_format,
         ),
-        call("_bias", parts[1], _ATEN.slice.Tensor, bias, 0, 0, n),
-        call("_alpha", parts[2], _ATEN.slice.Tensor, alpha, 0, 0, 1),
+        draft.call("_bias", parts[1], _ATEN.slice.Tensor, bias, 0, 0, n),
+        draft.call("_alpha", parts[2], _ATEN.slice.Tensor, alpha, 0, 0, 1),
     )
-    u = call("_premix", values[_first(site)], COLLAPSE, state, *own, "learned", spec)
-    mapped = call("_mappings", values[_first(site) :], PRE, state, phi, bias, alpha, spec)
-    graph.output((state, u, mapped))
-    return graph, places
+    u = draft.call("_premix", values[_first(site)], COLLAPSE, state, *own, "learned", spec)
+    mapped = draft.call("_mappings", values[_first(site) :], PRE, state, phi, bias, alpha, spec)
+    return draft, (state, u, mapped)

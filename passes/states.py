@@ -12,7 +12,11 @@ EXPAND, PRE, POST = (
     torch.ops.mhc.pre.default,
     torch.ops.mhc.post.default,
 )
-SEAM, COLLAPSE = torch.ops.mhc.seam.default, torch.ops.mhc.collapse.default
+SEAM, COLLAPSE, READ = (
+    torch.ops.mhc.seam.default,
+    torch.ops.mhc.collapse.default,
+    torch.ops.mhc.read.default,
+)
 
 
 def spec_of(node: Node) -> SiteSpec:
@@ -30,7 +34,7 @@ def trunk_of_states(graph: Graph) -> dict[Node, int]:
     for node in graph.nodes:
         if node.target is EXPAND:
             trunk_of[node] = len(set(trunk_of.values()))
-        elif node.target in (PRE, POST, SEAM, COLLAPSE):
+        elif node.target in (PRE, POST, SEAM, COLLAPSE, READ):
             state = node.args[0]
             if state not in trunk_of:  # it comes from another graph
                 trunk_of[state] = len(set(trunk_of.values()))

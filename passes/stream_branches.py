@@ -20,8 +20,17 @@ from mhc_compile.passes.stream_graph import kernel_inputs, kernel_users, launche
 from mhc_compile.passes.values import carries_float
 from mhc_compile.passes.vocabulary import CONVOLUTION, MATMUL, RECURRENT, is_opaque
 
-_BACKWARD = (torch.ops.mhc.post_backward.default, torch.ops.mhc.seam_backward.default)
-_REPLAYED = (PRE, POST, SEAM)
+_BRANCH, _STATE = (
+    torch.ops.mhc.post_backward_branch.default,
+    torch.ops.mhc.post_backward_state.default,
+)
+_BACKWARD = (
+    torch.ops.mhc.post_backward.default,
+    torch.ops.mhc.seam_backward.default,
+    torch.ops.mhc.seam_backward_dz.default,
+    _BRANCH,
+)
+_REPLAYED = (PRE, POST, SEAM, torch.ops.mhc.replay.default)
 _PRODUCTS = MATMUL | CONVOLUTION
 _DF = 1
 """Which result of a backward of post or seam is the gradient of the branch output."""
@@ -46,7 +55,8 @@ def side_kernels(graph: Graph) -> set[Node]:
         is_replay = bool(backward) and node.target in _REPLAYED
         is_next = node.target is PRE and maker(node.args[0]) in chosen
         is_exit = node.target in (POST, SEAM) and _is_mlp_forward(_branch_output(node))
-        if is_replay or is_next or is_exit:
+        is_rest = node.target is _STATE and _branch_of(node) in chosen
+        if is_replay or is_next or is_exit or is_rest:
             chosen.add(node)
     for node in reversed(graph.nodes):
         if is_mhc(node) or _is_sum_of_states(node):
@@ -97,7 +107,8 @@ def _is_mlp_forward(f: Node) -> bool:
 
 def _is_mlp_backward(node: Node) -> bool:
     """Whether no gradient between the output and the input of the branch is multiplied twice."""
-    region = {kernel for user in node.users if _part(user) == _DF for kernel in _between(user)}
+    given = [node] if node.target is _BRANCH else [u for u in node.users if _part(u) == _DF]
+    region = {kernel for df in given for kernel in _between(df)}
     gradients: set[Node] = set()
     for kernel in region:
         operands = _multiplied(kernel)
@@ -107,6 +118,13 @@ def _is_mlp_backward(node: Node) -> bool:
             return False
         gradients |= own
     return bool(region)
+
+
+def _branch_of(state: Node) -> Node | None:
+    """The other part of a backward of post that was split."""
+    dY = state.args[0]
+    assert isinstance(dY, Node)
+    return next((user for user in dY.users if user.target is _BRANCH), None)
 
 
 def _part(user: Node) -> object:

@@ -9,7 +9,7 @@ Paper: arXiv 2512.24880, equations (3) and (14)-(19).
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Widening:
     inputs: Mapping[int, SiteInputs]
     """Site index -> parameters."""
     heads: Mapping[int, Head] = field(default_factory=dict)
-    """Trunk -> how it ends; the mean where a trunk is missing."""
+    """Trunk -> how it ends; the mean where a trunk is missing. Single-pass sites need none."""
     arriving: Mapping[Node, Lane] = field(default_factory=dict)
     """Values whose streams come from another graph: no expand there."""
     departing: Sequence["Departure"] = ()
@@ -83,7 +83,8 @@ def widen_trunks_pass(
     """Carry out ``widening.plan`` on ``gm``, in place.
 
     Postcondition: each trunk has one expand (or arriving state), a pre and a post per site, and a
-    collapse for every value of it that is read outside its branches.
+    collapse for every value of it that is read outside its branches. A trunk of single-pass sites
+    is read there as the next site reads it, by the weights of the last one.
     """
     del example_inputs
     if not widening.plan.sites:
@@ -97,9 +98,9 @@ class _Widener:
         self.graph = graph
         self.widening = widening
         self.lanes = widening.lanes
-        self.replaced: list[
-            Node
-        ] = []  # values that now live in a lane, operands before their readers
+        # Values that now live in a lane, operands before their readers, each with its site's spec.
+        self.replaced: dict[Node, SiteSpec] = {}
+        self.reads: dict[Node, Node] = {}  # what single-pass sites read where they start
         inputs = list(graph.find_nodes(op="placeholder"))
         self.last_input = inputs[-1] if inputs else next(iter(graph.nodes))
         self.heads = {
@@ -111,14 +112,17 @@ class _Widener:
     def run(self) -> None:
         for planned in self.widening.plan.sites:
             self._widen(planned)
+        plan = self.widening.plan
         for departure in self.widening.departing:
+            trunk = plan.trunks[plan.departures.index(departure.boundary)]
+            spec = self.widening.inputs[trunk[-1].index].spec
             for node in departure.boundary.region:
                 # At an exit the plain operations stay as well: they act on the collapsed value.
-                self._lift(node, replace=not departure.is_end)
+                self._lift(node, spec, replace=not departure.is_end)
         gone = set(self.replaced)
         for value in self.replaced:
             self._serve_readers(value, gone)
-        for value in reversed(self.replaced):
+        for value in reversed(list(self.replaced)):
             if not value.users:
                 self.graph.erase_node(value)
 
@@ -128,7 +132,7 @@ class _Widener:
         if planned.is_entry:
             self._enter(planned, inputs)
         for node in planned.region:
-            self._lift(node)
+            self._lift(node, inputs.spec)
         state = self.lanes[planned.start]
         u, h_post, h_res = self._pre(planned, inputs, state)
         for reader in list(planned.start.users):
@@ -136,8 +140,10 @@ class _Widener:
                 reader.replace_input_with(planned.start, u)
         if not u.users:  # a projected skip: the branch reads the collapsed value
             self.graph.erase_node(u)
+        elif inputs.spec.single_pass:
+            self.reads[planned.start] = u
         for node in reversed(site.skip_path if planned.start is site.origin else ()):
-            self._lift(node)
+            self._lift(node, inputs.spec)
         self._post(planned, inputs, h_post, h_res)
 
     def _enter(self, planned: PlannedSite, inputs: SiteInputs) -> None:
@@ -152,18 +158,20 @@ class _Widener:
         _describe(node, planned.site.root, inputs.name)
         self.lanes[origin] = Lane(node, planned.dim, inputs.spec.streams)
 
-    def _lift(self, node: Node, *, replace: bool = True) -> None:
+    def _lift(self, node: Node, spec: SiteSpec, *, replace: bool = True) -> None:
         if node not in self.lanes:
             self.lanes[node] = emit_lane(self.graph, node, self.lanes)
             if replace:
-                self.replaced.append(node)
+                self.replaced[node] = spec
 
     def _pre(
         self, planned: PlannedSite, inputs: SiteInputs, state: Lane
     ) -> tuple[Node, Node, Node]:
         root = planned.site.root
         with self.graph.inserting_after(self._behind(state.node)):
-            arguments = (state.node, inputs.phi, inputs.bias, inputs.alpha, inputs.spec.encode())
+            given = () if state.gates is None else (state.gates,)
+            parameters = (inputs.phi, inputs.bias, inputs.alpha)
+            arguments = (state.node, *parameters, inputs.spec.encode(), *given)
             pre = self._call(torch.ops.mhc.pre.default, arguments, "pre")
         _describe(pre, root, inputs.name)
         parts = []
@@ -192,8 +200,10 @@ class _Widener:
             post = self._call(torch.ops.mhc.post.default, arguments, f"{site.root.name}_streams")
         while (new := new.next) is not site.root:
             _describe(new, site.root, inputs.name)
-        self.lanes[site.root] = Lane(post, skip.dim, skip.streams)
-        self.replaced += [*reversed(site.inner), site.root]  # operands first
+        gates = h_post if inputs.spec.single_pass else None
+        self.lanes[site.root] = Lane(post, skip.dim, skip.streams, gates)
+        # Operands first.
+        self.replaced |= dict.fromkeys((*reversed(site.inner), site.root), inputs.spec)
 
     def _sum(self, branches: Sequence[Node], dtype: torch.dtype | None) -> Node:
         """The sum of all branches: in the dtype of the whole sum, for their order may change."""
@@ -213,6 +223,25 @@ class _Widener:
         readers = [user for user in value.users if user not in gone]
         if lane is None or not readers:
             return
+        if self.replaced[value].single_pass:
+            collapsed = self._read(value, lane)
+        else:
+            collapsed = self._collapse(value, lane)
+        for reader in readers:
+            reader.replace_input_with(value, collapsed)
+
+    def _read(self, value: Node, lane: Lane) -> Node:
+        """What the next single-pass site reads there, or would."""
+        if value in self.reads:
+            return self.reads[value]
+        spec = replace(self.replaced[value], dim=lane.dim)
+        with self.graph.inserting_after(lane.node):
+            arguments = (lane.node, lane.gates, spec.encode())
+            node = self._call(torch.ops.mhc.read.default, arguments, f"{value.name}_collapsed")
+        _describe(node, value, "collapse")
+        return node
+
+    def _collapse(self, value: Node, lane: Lane) -> Node:
         head = self.heads.get(value, Head(self.widening.middle))
         weights = head.inputs
         args = (weights.phi, weights.bias, weights.alpha) if weights else (None, None, None)
@@ -221,8 +250,7 @@ class _Widener:
             arguments = (lane.node, *args, head.mode, spec.encode())
             node = self._call(torch.ops.mhc.collapse.default, arguments, f"{value.name}_collapsed")
         _describe(node, value, "collapse")
-        for reader in readers:
-            reader.replace_input_with(value, node)
+        return node
 
     def _behind(self, node: Node) -> Node:
         """Where new nodes that read ``node`` go: inputs stay together."""

@@ -96,13 +96,13 @@ def visible_and_state() -> tuple[torch.Tensor, torch.Tensor]:
     leaf = torch.randn(2, WIDTH, requires_grad=True)
     state = (leaf * 2).unsqueeze(-2).expand(2, 4, WIDTH)
     visible = state.mean(-2)
-    carry.put(visible, state, -1)
+    carry.put(visible, (state,), -1)
     return visible, state
 
 
 def test_a_state_arrives_with_its_tensor_and_a_zero_gradient_for_it() -> None:
     visible, state = visible_and_state()
-    found = carry.get(visible, -1)
+    (found,) = carry.get(visible, -1)
     assert torch.equal(found, state)
     gradient, zero = torch.autograd.grad(found.sum(), (state, visible))
     assert torch.equal(gradient, torch.ones_like(state))
@@ -174,7 +174,7 @@ def watch_states(model: Net) -> list[weakref.ref[torch.Tensor]]:
     def watch(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         cell = getattr(output.untyped_storage(), "_mhc", None)
         if cell is not None:
-            alive.append(weakref.ref(cell.state))
+            alive.extend(map(weakref.ref, cell.state))
 
     for block in model.blocks:
         block.register_forward_hook(torch.compiler.disable(watch))

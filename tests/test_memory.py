@@ -9,7 +9,9 @@ import torch
 
 import mhc_compile
 from mhc_compile import MHCConfig
+from mhc_compile.inspection import lowered_graphs
 from mhc_compile.memory import MemoryPlan, memory_plan
+from mhc_compile.passes.opnames import op_name
 from mhc_compile.tables import memory_tables, to_text
 from tests.nets import Net, perturb_, saved_shapes
 
@@ -66,6 +68,25 @@ def test_what_is_saved_is_what_the_plan_says(recompute: Any) -> None:
     assert saved[3, 5, WIDTH] <= trunk.branches // row + 2
     # What its product keeps of its input.
     assert saved[15, WIDTH] <= trunk.sites + 2
+
+
+@pytest.mark.parametrize("blocks", [12, 28])
+def test_24_and_56_sites_keep_what_the_papers_table_says(blocks: int) -> None:
+    # n C a block, C a site, and at most 2 (n^2 + 2 n) float32 a site.
+    x = torch.randn(3, 5, WIDTH)
+    config = MHCConfig(inner="aot_eager")
+    report, graphs = lowered_graphs(Net(blocks, WIDTH), x, config=config)
+    (trunk,) = memory_plan(report).trunks
+    (backward,) = (graph.gm for graph in graphs if graph.phase == "bw")
+    kept = 0
+    for node in backward.graph.find_nodes(op="placeholder"):
+        reads_streams = any(op_name(user).startswith("mhc.") for user in node.users)
+        if reads_streams and node.meta["val"].shape[:2] == x.shape[:2]:
+            kept += node.meta["val"].numel() * 4
+    assert kept == pytest.approx(trunk.kept, rel=0.05)
+    row, sites = x.numel() * 4, 2 * blocks
+    table = STREAMS * trunk.blocks * row + sites * row + sites * MAPPINGS * 15 * 4
+    assert 0.9 * table <= kept <= table  # the first block starts from the plain input
 
 
 def test_the_plan_is_data_and_a_table() -> None:

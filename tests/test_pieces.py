@@ -82,9 +82,11 @@ def test_a_break_between_sites_that_appears_after_conversion_changes_nothing() -
     assert_same(run(compiled(set_(model, between=True)), model, x), expected)
 
 
-def test_a_branch_that_a_break_cuts_reads_the_mean_in_every_graph() -> None:
+@pytest.mark.parametrize("single_pass", [False, True])
+def test_a_branch_that_a_break_cuts_reads_the_collapse_in_every_graph(single_pass: bool) -> None:
     model, x = net(inside=True), example()
-    report = mhc_compile.convert_(model, x)
+    config = mhc_compile.MHCConfig(single_pass=single_pass)
+    report = mhc_compile.convert_(model, x, config=config)
     second = [site for site in report.sites if site.key == "add1"]
     assert all("graph break" in site.traits and "mean" in site.choice for site in second)
     perturb_(model)

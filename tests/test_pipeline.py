@@ -10,6 +10,7 @@ from mhc_compile.pipeline import (
     OPTIONAL_PASSES,
     canonical_passes,
     improving_passes,
+    joint_passes,
     lowered_passes,
     rewrite_passes,
     run_passes,
@@ -39,19 +40,22 @@ def test_the_passes_and_their_order_are_these():
     assert [name for name, _ in improving_passes()] == ["join_seams_pass"]
     names = [name for name, _ in improving_passes(recompute="auto")]
     assert names == ["tag_recompute_pass", "join_seams_pass"]
-    assert [name for name, _ in lowered_passes()] == ["accumulate_gradients_pass"]
+    assert [name for name, _ in joint_passes()] == ["keep_mappings_pass"]
+    first = ["replay_sites_pass", "accumulate_gradients_pass"]
+    assert [name for name, _ in lowered_passes()] == first
     names = [name for name, _ in lowered_passes(overlap="auto")]
     assert names == [
-        "accumulate_gradients_pass",
+        *first,
         "split_sites_pass",
         "overlap_collectives_pass",
     ]
     names = [name for name, _ in lowered_passes(overlap="auto", side_stream=True)]
-    assert names[3:] == ["assign_streams_pass", "lower_streams_pass"]
+    assert names[4:] == ["assign_streams_pass", "lower_streams_pass"]
 
 
 def test_passes_that_only_improve_can_be_left_out_by_name():
     assert improving_passes(OPTIONAL_PASSES) == []
+    assert joint_passes(OPTIONAL_PASSES) == []
     assert lowered_passes(OPTIONAL_PASSES, overlap="auto", side_stream=True) == []
 
 

@@ -290,18 +290,20 @@ def test_a_lowering_sees_the_forward_and_the_backward_graph() -> None:
 
     x = example().requires_grad_()
     torch.compile(lambda x: torch.tanh(x).sum(), backend=backend)(x).backward()
-    assert seen.keys() == {"fw", "bw"}
+    assert list(seen) == ["joint", "fw", "bw"]
+    assert "aten.tanh.default" in seen["joint"]
     assert "aten.tanh.default" in seen["fw"] - seen["bw"]
 
 
 def test_inductor_has_a_place_for_passes_of_others_and_a_key_for_them() -> None:
     from torch._inductor import config, custom_graph_pass  # noqa: TID251 - what we build on
 
-    assert custom_graph_pass.get_custom_graph_passes(config.post_grad_custom_post_pass) == ()
+    for place in (config.joint_custom_post_pass, config.post_grad_custom_post_pass):
+        assert custom_graph_pass.get_custom_graph_passes(place) == ()
     assert config.reorder_for_peak_memory
-    key = lowering._last_pass(private.Lowering(lambda phase, gm: False, "key", (__file__,))).uuid()
-    other = lowering._last_pass(private.Lowering(lambda phase, gm: False, "2", (__file__,))).uuid()
-    assert key != other
+    one, other = (private.Lowering(lambda phase, gm: False, key, (__file__,)) for key in "12")
+    for phase in ("joint", None):
+        assert lowering._last_pass(one, phase).uuid() != lowering._last_pass(other, phase).uuid()
     assert not private.schedules_collectives()
     with config.patch(reorder_for_compute_comm_overlap=True):
         assert private.schedules_collectives()
@@ -373,6 +375,7 @@ def test_a_module_out_of_reach_cannot_be_lifted_from() -> None:
 
 def test_autograd_shows_the_joint_the_forward_and_the_backward_graph() -> None:
     seen: dict[str, set[str]] = {}
+    prepared: list[GraphModule] = []
 
     def look(frame: private.Frame, gm: GraphModule) -> None:
         copy, _ = private.copy_captured(gm)
@@ -381,15 +384,18 @@ def test_autograd_shows_the_joint_the_forward_and_the_backward_graph() -> None:
             copy,
             inputs,
             lambda phase, g: seen.update({phase: {str(n.target) for n in g.graph.nodes}}),
+            prepared.append,
         )
 
     look_at(lambda x: torch.tanh(x).sum(), look, torch.randn(3, requires_grad=True))
     assert {"aten.tanh.default", "aten.sum.default"} <= seen["joint"]
     assert "aten.tanh.default" in seen["fw"]
     assert "aten.tanh.default" not in seen["bw"]
+    assert len(prepared) == 1
     seen.clear()
     look_at(lambda x: torch.tanh(x).sum(), look, torch.randn(3))
     assert list(seen) == ["fw"]
+    assert len(prepared) == 1
 
 
 def test_the_bodies_of_custom_ops_are_plain_functions() -> None:

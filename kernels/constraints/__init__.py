@@ -48,8 +48,13 @@ def constraint_of(spec: SiteSpec) -> Constraint:
     """The constraint of a site, checked against its number of streams.
 
     Raises:
-        KernelError: there is none of that name, or not for that many streams.
+        KernelError: there is none of that name, or not for that many streams, or not in one pass.
     """
     constraint = constraint_named(spec.constraint)
     constraint.check(spec.streams)
+    if spec.single_pass and constraint.gate != "sigmoid":
+        raise KernelError(
+            f"single_pass=True is not defined for constraint={spec.constraint!r}, whose mappings "
+            "have no sigmoid: use another constraint, or single_pass=False"
+        )
     return constraint

@@ -54,7 +54,8 @@ static void map_block(const vec* z, const vec* inverse, const float* bias, const
   for (int i = 0; i < N; ++i) pre[i] = pre_gate(h[i]);                  // (17)
   if (SITE) {
     for (int i = 0; i < N; ++i) post[i] = post_gate(h[N + i]);  // (18)
-    put_lanes<N>(to.h_post + t * N, count, post);
+    put_lanes<N>(to.h_post + t * GATES + GATES - N, count, post, GATES);
+    if (GATES > N) put_lanes<N>(to.h_post + t * GATES, count, pre, GATES);
   }
   if (MIXES) {
     matrix(h + 2 * N, res);  // (19)
@@ -62,6 +63,11 @@ static void map_block(const vec* z, const vec* inverse, const float* bias, const
   }
   put_lanes<M>(to.saved + t * (M + S), count, z, M + S);
   put_lanes<S>(to.saved + t * (M + S) + M, count, inverse, M + S);
+}
+
+// In a single pass H_pre is that of the site before, in front of its H_post.
+INLINE void take_given(const float* gates, const Block& block, vec* pre) {
+  if (GATES > N) get_lanes<N>(gates + block.first * GATES, block.count, pre, GATES);
 }
 
 // u of the tokens of a block.
@@ -85,12 +91,21 @@ struct Through {
   float dz[S][L * O];  // the gradient of z, by row of the projection and output
   vec shrink[S];       // the factor of the state itself, by the norm
   vec pre[N];          // H_pre, the factor of du
+
+  // The gradients of z of a block, as `phi_rows` reads them.
+  MEMBER void put(const Block& block, float* rows) const {
+    for (int i = 0; i < block.count; ++i)
+      for (int m = 0; m < M; ++m)
+        rows[(block.first + i) * WORK + m] = dz[m % S][i * O + m / S];
+  }
 };
 
-// `dots` are the products of du with the streams, channels in the lanes still.
+// `dots` are the products of du with the streams, channels in the lanes still: the gradient of H_pre,
+// which in a single pass came in `gates` and goes to `dgates`.
 static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* dh_post,
                                const float* dh_res, const float* saved, const float* bias,
-                               const float* alpha, const Block& block, Shared& sums, Through& to) {
+                               const float* alpha, const float* gates, float* dgates,
+                               const Block& block, Shared& sums, Through& to) {
   const long t = block.first;
   const int count = block.count;
   vec z[M], inverse[S], hidden[M], h[M], dh[M];
@@ -100,13 +115,20 @@ static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* d
     hidden[m] = bounded(z[m] * inverse[m % S]);
     h[m] = alpha[group(m)] * hidden[m] + bias[m];
   }
+  vec g_pre[N];
   for (int i = 0; i < N; ++i) {
     to.pre[i] = pre_gate(h[i]);
-    dh[i] = pre_gate_backward(lane_sums(dots[i]), h[i]);
+    g_pre[i] = lane_sums(dots[i]);
   }
+  if (GATES > N) {
+    take_given(gates, block, to.pre);
+    put_lanes<N>(dgates + t * GATES, count, g_pre, GATES);
+    get_lanes<N>(dh_post + t * GATES, count, g_pre, GATES);
+  }
+  for (int i = 0; i < N; ++i) dh[i] = pre_gate_backward(g_pre[i], h[i]);
   if (SITE) {
     vec g_post[N];
-    get_lanes<N>(dh_post + t * N, count, g_post);
+    get_lanes<N>(dh_post + t * GATES + GATES - N, count, g_post, GATES);
     for (int i = 0; i < N; ++i) dh[N + i] = post_gate_backward(g_post[i], h[N + i]);
   }
   if (MIXES) {
@@ -129,8 +151,8 @@ static void map_block_backward(const Sizes& size, vec (*dots)[L], const float* d
     to.shrink[s] *= inverse[s] * inverse[s] * inverse[s] / float(N / S * size.channels);
 }
 
-// dphi of a block, and the gradient of its state into `dx`: through the mappings, through u, and
-// what came by other ways (`more`). `dx` may be `x`.
+// dphi of a block (unless there is no `phi_sum`), and the gradient of its state into `dx`: through
+// the mappings, through u, and what came by other ways (`more`). `dx` may be `x`.
 template <bool MORE>
 static void state_block_backward(const Sizes& size, Rows x, Rows du, Rows more, int count,
                                  const float* packed, const Through& through, float* phi_sum,
@@ -142,11 +164,11 @@ static void state_block_backward(const Sizes& size, Rows x, Rows du, Rows more, 
       constexpr int V = decltype(columns)::value;
       const long at = j * size.padded + c, in_phi = (from + c) * O;
       const float *const dz = through.dz[s], *const rows = x.at + at;
-      add_phi_gradient<V, O>(rows, x.stride, count, dz, phi_sum + in_phi, ahead);
+      if (phi_sum) add_phi_gradient<V, O>(rows, x.stride, count, dz, phi_sum + in_phi, ahead);
       state_gradient<V, O, MORE>({rows, x.stride}, {du.at + c, du.stride},
                                  {more.at + at, more.stride}, count, packed + in_phi, dz,
                                  through.shrink[s], through.pre[j], dx + at, dx_stride, streamed,
-                                 ahead);
+                                 !phi_sum, ahead);
     };
     long c = 0;
     for (; c + COLS * L <= size.padded; c += COLS * L) step(c, Columns<COLS>());
@@ -162,7 +184,7 @@ static void share_gradients(const Sizes& size, const Shared& own, const float* p
   for (int m = 0; m < M; ++m) store(to + m * L, own.bias[m]);
   for (int i = 0; i < 3; ++i) store(to + (M + i) * L, own.alpha[i]);
 #pragma omp barrier
-  unpack_sum<O>(phi_sums, size.phi, team(), dphi, N / S, size.channels, size.padded);
+  if (dphi) unpack_sum<O>(phi_sums, size.phi, team(), dphi, N / S, size.channels, size.padded);
 #pragma omp single
   for (int m = 0; m < M + GROUPS; ++m) {
     vec total = {};

@@ -25,17 +25,20 @@ from mhc_compile.kernels.cpp.text import (
     row,
     total,
 )
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.layout import dz_width
+from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 
 STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 """The dtypes that streams can have, and their names in the source."""
 
-Part = Literal["site", "head", "ends", "sinkhorn"]
-"""What a library is for: pre, post and seam of a site (of a static one post alone); a dynamic
-learned collapse; sums of the streams with the same weights for all tokens; Sinkhorn alone."""
+Part = Literal["site", "replay", "head", "ends", "sinkhorn"]
+"""What a library is for: pre, post and seam of a site (of a static one post alone); several dynamic
+sites at once; a dynamic learned collapse; sums of the streams with the same weights for all tokens;
+Sinkhorn alone."""
 
 _LOOPS: dict[Part, tuple[str, ...]] = {
-    "site": ("projection", "coefficients", "pre", "post", "seam"),
+    "site": ("projection", "coefficients", "pre", "post", "seam", "phi"),
+    "replay": ("replay",),
     "head": ("projection", "coefficients", "pre"),
     "ends": ("ends",),
     "sinkhorn": ("sinkhorn",),
@@ -70,13 +73,17 @@ def site_source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
     n = spec.streams
     texts: tuple[str, ...]
     if part == "ends":
-        texts = (_streams(n, dtype), _read_streams(n), _sum_streams(n))
+        apart = spec.gates if spec.single_pass and spec.dynamic else 0
+        weights = f"constexpr long WEIGHTS = {apart};\n"
+        texts = (_streams(n, dtype), weights, _read_streams(n), _sum_streams(n))
     elif part == "sinkhorn":
         texts = (_streams(n, dtype), constraint_of(spec).cpp(spec))
     elif part == "head":
         head = replace(spec, constraint="identity")
         matrix = constraint_of(head).cpp(head)
         texts = (_streams(n, dtype), _head(spec), _gates(head), matrix, _read_streams(n))
+    elif part == "replay":
+        texts = (_streams(n, dtype), _site(spec), _chunk(), _gates(spec), _replay_streams(spec))
     else:
         writes = (_write_streams(spec), _write_streams_backward(spec))
         matrix = constraint_of(spec).cpp(spec)
@@ -96,8 +103,12 @@ def _streams(n: int, dtype: torch.dtype) -> str:
 
 def _site(spec: SiteSpec) -> str:
     constraint, n = constraint_of(spec), spec.streams
-    k = constraint.logits(n)
-    mixes = f"constexpr bool MIXES = {_flag(constraint.mixes)};\n"
+    k, norms = constraint.logits(n), n if constraint.per_stream else 1
+    before = "H_pre and " if spec.single_pass else ""
+    mixes = f"""\
+constexpr bool MIXES = {_flag(constraint.mixes)};
+constexpr int GATES = {spec.gates};  // numbers of a token in h_post: {before}H_post
+"""
     if not spec.dynamic:
         return f"""\
 // Static site with constraint {spec.constraint}.
@@ -108,7 +119,8 @@ constexpr bool DYNAMIC = false;
 constexpr bool SITE = true, DYNAMIC = true;
 constexpr int M = {2 * n + k};  // logits: pre {n}, post {n}, res {k}
 constexpr int GROUPS = 3;  // scales of logits
-constexpr int S = {n if constraint.per_stream else 1};  // norms, and projected rows, per token
+constexpr int S = {norms};  // norms, and projected rows, per token
+constexpr int WORK = {dz_width(2 * n + k + norms, n)};  // stride of dz
 {mixes}constexpr float NORM_EPS = {literal(spec.norm_eps)};
 """
 
@@ -117,7 +129,8 @@ def _head(spec: SiteSpec) -> str:
     return f"""\
 // Learned collapse: H_pre alone.
 constexpr bool SITE = false, MIXES = false;
-constexpr int M = N, GROUPS = 1, S = 1;  // logits, their scales, norms per token
+constexpr int M = N, GROUPS = 1, S = 1, GATES = N;  // logits, their scales, norms per token
+constexpr int WORK = N;  // stride of dz, which a head never leaves for later
 constexpr float NORM_EPS = {literal(spec.norm_eps)};
 """
 
@@ -200,6 +213,67 @@ def _write_streams(spec: SiteSpec) -> str:
         "// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.\n"
         f"template <typename Put>\n{function(head, body())}"
     )
+
+
+def _chunk() -> str:
+    return f"""\
+// The tensors of some sites. There is one read more than posts if the state before them is read.
+constexpr int MOST_SITES = {REPLAYED};
+struct Chunk {{
+  int64_t posts, reads;
+  const stream_t* f[MOST_SITES];
+  const float *h_post[MOST_SITES], *h_res[MOST_SITES];
+  stream_t* states[MOST_SITES];
+  const float *saved[MOST_SITES + 1], *bias[MOST_SITES + 1], *alpha[MOST_SITES + 1];
+  stream_t* inputs[MOST_SITES + 1];
+}};
+"""
+
+
+def _replay_streams(spec: SiteSpec) -> str:
+    n, mixes = spec.streams, constraint_of(spec).mixes
+    read = total(f"w[{i}] * x[{i}]" for i in range(n))
+
+    def write(i: str) -> Lines:
+        carried = [f"r[{k}] * x[{j}]" for j, k in enumerate(row(i, n))] if mixes else [f"x[{i}]"]
+        yield f"next[{i}] = {total([*carried, f'p[{i}] * fc'])};"
+        yield f"at.put_far(y + {i} * channels + c, next[{i}]);"
+
+    def site() -> Lines:
+        yield "const vec fc = at.get_next(to.f[s] + c, channels);"
+        yield "const float *const p = to.h_post[s], *const r = to.h_res[s];"
+        yield "stream_t* const y = to.states[s];"
+        yield f"vec next[{n}];"
+        yield from each(n, "i", write)
+        yield from each(n, "i", lambda i: [f"x[{i}] = rounded<stream_t>(next[{i}]);"])
+        yield "read(s + first);"
+
+    def step() -> Lines:
+        yield f"vec x[{n}];"
+        yield from each(
+            n, "i", lambda i: [f"x[{i}] = at.get_next(X + {i} * channels + c, N * channels);"]
+        )
+        yield "const auto read = [&](int k) ALWAYS_INLINE {"
+        yield "  const float* const w = weights[k];"
+        yield f"  at.put(to.inputs[k] + c, {read});"
+        yield "};"
+        yield "if (first) read(0);"
+        yield from block("for (int s = 0; s < to.posts; ++s)", site())
+
+    head = (
+        "replay_streams(const stream_t* X, const Chunk& to, const float* const* weights, "
+        "long channels, bool streamed)"
+    )
+    body = [
+        "const int first = int(to.reads - to.posts);",
+        f"for_channels(channels, streamed, {_STEP} {{",
+        *(f"  {line}" for line in step()),
+        "});",
+    ]
+    comment = (
+        "// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, u = sum_i H_pre[i] X'_i, site by site.\n"
+    )
+    return comment + function(head, body)
 
 
 def _load_streams(name: str, rows: str, stride: str, streams: range, n: int) -> Lines:

@@ -1,5 +1,6 @@
-// Weighted sums of the streams whose weights all tokens share: mhc::collapse by a sum or a mean, and
-// what a static mapping reads.
+// Weighted sums of the streams whose weights are there already: mhc::collapse by a sum or a mean,
+// mhc::read, and what a static mapping reads. WEIGHTS is how far the weights of two tokens lie apart,
+// 0 where all share them.
 
 static void collapse(const stream_t* X, stream_t* out, float divisor, long tokens, long channels,
                      int threads) {
@@ -26,7 +27,8 @@ extern "C" void mhc_read(const stream_t* X, const float* weights, stream_t* U, l
   {
     const Range range = share(tokens);
     for (long t = range.first; t < range.last; ++t)
-      read_streams(X + t * N * channels, channels, weights, U + t * channels, channels);
+      read_streams(X + t * N * channels, channels, weights + t * WEIGHTS, U + t * channels,
+                   channels);
   }
 }
 
@@ -49,12 +51,16 @@ extern "C" void mhc_read_backward(const stream_t* dU, const stream_t* X, const f
         for (int j = 0; j < N; ++j) {
           const long here = (t * N + j) * channels + c;
           products[j] += g * at.get(X + here);
-          at.put_far(dX + here, weights[j] * g);
+          at.put_far(dX + here, weights[t * WEIGHTS + j] * g);
         }
       });
-      for (int j = 0; j < N; ++j) sums[j] += sum(products[j]);
+      for (int j = 0; j < N; ++j)
+        if (WEIGHTS)
+          dweights[t * WEIGHTS + j] = sum(products[j]);
+        else
+          sums[j] += sum(products[j]);
     }
     finish_streams();
-    sum_over_team(sums, N, workspace, dweights);
+    if (!WEIGHTS) sum_over_team(sums, N, workspace, dweights);
   }
 }

@@ -4,22 +4,39 @@ Results have the shapes and dtypes of the ops' own bodies. Callers have asked `s
 before: tensors are on the CPU, and streams in a dtype of `STREAM_TYPES`.
 """
 
+from mhc_compile.kernels.cpp.launch_apart import phi_backward
 from mhc_compile.kernels.cpp.launch_ends import (
     collapse,
     collapse_backward,
+    read,
+    read_backward,
     sinkhorn,
     sinkhorn_backward,
 )
+from mhc_compile.kernels.cpp.launch_replay import replay
 from mhc_compile.kernels.cpp.launch_seam import seam, seam_backward
-from mhc_compile.kernels.cpp.launch_site import post, post_backward, pre, pre_backward
+from mhc_compile.kernels.cpp.launch_site import (
+    post,
+    post_backward,
+    post_backward_branch,
+    post_backward_state,
+    pre,
+    pre_backward,
+)
 
 __all__ = [
     "collapse",
     "collapse_backward",
+    "phi_backward",
     "post",
     "post_backward",
+    "post_backward_branch",
+    "post_backward_state",
     "pre",
     "pre_backward",
+    "read",
+    "read_backward",
+    "replay",
     "seam",
     "seam_backward",
     "sinkhorn",

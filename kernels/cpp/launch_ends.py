@@ -32,7 +32,7 @@ def collapse(
         call(library(spec, X.dtype, "ends"), mode, (rows, out), tokens, channels)
     elif phi is None or alpha is None:
         weights = gate_weights(bias.float(), 1.0, "sigmoid") + spec.pre_eps
-        out = read(rows, weights, spec)
+        out = mix_by(rows, weights, spec)
     else:
         out, _ = _head(rows, phi, bias, alpha, spec)
     return narrow_back(out, spec)
@@ -52,18 +52,33 @@ def collapse_backward(
     if phi is None or alpha is None:
         h = bias.float()
         weights = gate_weights(h, 1.0, "sigmoid") + spec.pre_eps
-        dX, dweights = read_backward(g, rows, weights, spec)
+        dX, dweights = mix_by_backward(g, rows, weights, spec)
         dbias = gate_weights_backward(dweights, h, 1.0, "sigmoid").to(bias.dtype)
         return state_back(dX, spec), empty, dbias, empty.clone()
     _, saved = _head(rows, phi, bias, alpha, spec)
     dX = rows.new_empty(rows.shape)
     parameters = (phi, bias, alpha)
     grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
-    arguments = (g, empty, empty, rows, None, *coefficients(*parameters), saved, dX, *grads)
+    given = (*coefficients(*parameters), saved, None)
+    arguments = (g, empty, empty, rows, None, *given, dX, *grads, None, None)
     tokens, channels = size_of(rows)
     call(library(spec, X.dtype, "head"), "pre_backward", arguments, tokens, channels)
     dphi, dbias, dalpha = (g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
     return state_back(dX, spec), dphi, dbias, dalpha
+
+
+def read(X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::read``."""
+    return narrow_back(mix_by(streams_last(X, spec), gates, spec), spec)
+
+
+def read_backward(
+    du: torch.Tensor, X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``mhc::read_backward``."""
+    rows, g = streams_last(X, spec), channels_last(du, spec, X.dtype)
+    dX, dgates = mix_by_backward(g, rows, gates, spec)
+    return state_back(dX, spec), dgates.to(gates.dtype)
 
 
 def _head(
@@ -78,13 +93,19 @@ def _head(
     out = rows.new_empty((*rows.shape[:-2], channels))
     saved = rows.new_empty((tokens, spec.streams + 1), dtype=torch.float32)
     none = rows.new_empty(0)
-    arguments = (rows, *coefficients(phi, bias, alpha), out, none, none, saved)
+    arguments = (rows, *coefficients(phi, bias, alpha), None, out, none, none, saved)
     call(library(spec, rows.dtype, "head"), "pre", arguments, tokens, channels)
     return out, saved
 
 
-def read(rows: torch.Tensor, weights: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
-    """``sum_i weights[i] X_i`` of ``[..., n, C]``, with the same weights for all tokens."""
+def mix_by(rows: torch.Tensor, weights: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``sum_i weights[i] X_i`` of ``[..., n, C]``.
+
+    Args:
+        rows: the state.
+        weights: n numbers that all tokens share, or the gates of a single-pass site.
+        spec: the site.
+    """
     out = rows.new_empty((*rows.shape[:-2], rows.shape[-1]))
     arguments = (rows, *coefficients(weights), out)
     tokens, channels = size_of(rows)
@@ -92,12 +113,12 @@ def read(rows: torch.Tensor, weights: torch.Tensor, spec: SiteSpec) -> torch.Ten
     return out
 
 
-def read_backward(
+def mix_by_backward(
     g: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, spec: SiteSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the rows and the weights of `read`."""
+    """Gradients of the rows and the weights of `mix_by`."""
     dX = rows.new_empty(rows.shape)
-    dweights = rows.new_empty(spec.streams, dtype=torch.float32)
+    dweights = weights.new_zeros(weights.shape, dtype=torch.float32)
     arguments = (g, rows, *coefficients(weights), dX, dweights)
     tokens, channels = size_of(rows)
     call(library(spec, rows.dtype, "ends"), "read_backward", arguments, tokens, channels)

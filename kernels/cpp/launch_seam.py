@@ -15,6 +15,7 @@ from mhc_compile.kernels.cpp.call import (
     state_back,
     streams_last,
 )
+from mhc_compile.kernels.cpp.launch_apart import ParameterGradients
 from mhc_compile.kernels.cpp.launch_site import post, post_backward, pre, pre_backward
 from mhc_compile.kernels.layout import SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
@@ -37,7 +38,8 @@ def seam(
     if phi is None or alpha is None:
         # Without a projection there is little to share between the two halves.
         X_next = post(X, f, h_post, h_res, spec)
-        return (X_next, *pre(X_next, phi, bias, alpha, spec, shapes))
+        gates = h_post if spec.single_pass else None
+        return (X_next, *pre(X_next, phi, bias, alpha, spec, shapes, gates))
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
     tokens, channels = size_of(rows)
     out, u = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
@@ -64,21 +66,24 @@ def seam_backward(
     alpha: torch.Tensor | None,
     saved: torch.Tensor,
     spec: SiteSpec,
+    with_dz: bool = False,
 ) -> SeamGradients:
-    """``mhc::seam_backward``: gradients of X, f, h_post, h_res, phi, bias and alpha."""
+    """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
     if phi is None or alpha is None:
         X_next = post(X, f, h_post, h_res, spec)
-        dX, dphi, dbias, dalpha = pre_backward(
-            du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec
+        gates = h_post if spec.single_pass else None
+        dX, dphi, dbias, dalpha, dgates = pre_backward(
+            du, dh_post_next, dh_res_next, X_next, phi, bias, alpha, saved, spec, gates=gates
         )
-        return (*post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec), dphi, dbias, dalpha)
+        dX, df, dh_post, dh_res = post_backward(dX.add_(dX_next), X, f, h_post, h_res, spec)
+        dh_post = dh_post if gates is None else dh_post.add_(dgates)
+        return dX, df, dh_post, dh_res, dphi, dbias, dalpha
     rows, branch = streams_last(X, spec), channels_last(f, spec, X.dtype)
     tokens, channels = size_of(rows)
     dX, df = rows.new_empty(rows.shape), branch.new_empty(branch.shape)
     dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
     dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
-    parameters = (phi, bias, alpha)
-    grads = [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in parameters]
+    grads = ParameterGradients((phi, bias, alpha), saved, spec, with_dz)
     arguments = (
         streams_last(dX_next.to(X.dtype), spec),
         channels_last(du, spec, X.dtype),
@@ -90,12 +95,9 @@ def seam_backward(
         df,
         dh_post,
         dh_res,
-        *grads,
+        *grads.pointers,
     )
     call(library(spec, X.dtype), "seam_backward", arguments, tokens, channels)
-    narrow = (h_post, h_res, *parameters)
-    dh_post, dh_res, dphi, dbias, dalpha = (
-        grad.to(like.dtype) for grad, like in zip((dh_post, dh_res, *grads), narrow, strict=True)
-    )
     df = narrow_back(df, spec).to(f.dtype)
-    return state_back(dX, spec), df, dh_post, dh_res, dphi, dbias, dalpha
+    mappings = dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)
+    return state_back(dX, spec), df, *mappings, *grads.results

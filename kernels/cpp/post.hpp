@@ -2,7 +2,7 @@
 
 // Where the mappings of a token stand; static ones are the same for all, and some have no matrix.
 INLINE const float* token_post(const float* h_post, long t) {
-  return DYNAMIC ? h_post + t * N : h_post;
+  return h_post + (DYNAMIC ? t * GATES : 0) + GATES - N;
 }
 INLINE const float* token_res(const float* h_res, long t) {
   return !MIXES ? nullptr : DYNAMIC ? h_res + t * N * N : h_res;
@@ -39,14 +39,16 @@ INLINE void write_token_backward(const G* g, long g_stride, const stream_t* x, c
 }
 
 INLINE void put_dots(const float* sums, float* dp, float* dr) {
-  std::memcpy(dp, sums + DOTS - N, N * sizeof(float));
+  std::memcpy(dp + GATES - N, sums + DOTS - N, N * sizeof(float));
   if (MIXES) std::memcpy(dr, sums, N * N * sizeof(float));
 }
 
-extern "C" long mhc_post_backward_workspace(long, int threads) {
-  return DYNAMIC ? 0 : threads * DOTS * sizeof(double) / sizeof(float);
+extern "C" long mhc_post_backward_workspace(long channels, int threads) {
+  const long sums = DYNAMIC ? 0 : DOTS * sizeof(double) / sizeof(float);
+  return threads * (sums + padded_to_vectors(channels));
 }
 
+// Without dF that row is made for nobody, in the caches.
 extern "C" void mhc_post_backward(const stream_t* dY, const stream_t* X, const stream_t* F,
                                   const float* h_post, const float* h_res, stream_t* dX,
                                   stream_t* dF, float* dh_post, float* dh_res, double* workspace,
@@ -57,14 +59,16 @@ extern "C" void mhc_post_backward(const stream_t* dY, const stream_t* X, const s
 #pragma omp parallel num_threads(threads)
   {
     double own[DOTS] = {};
+    stream_t* const unread = (stream_t*)(workspace + (DYNAMIC ? 0 : threads * DOTS)) +
+                             thread() * padded_to_vectors(channels);
     const Range range = share(tokens);
     for (long t = range.first; t < range.last; ++t) {
       float sums[padded_to_vectors(DOTS)];
       write_token_backward(dY + t * row, channels, X + t * row, F + t * channels,
                            token_post(h_post, t), token_res(h_res, t), dX + t * row,
-                           dF + t * channels, sums, channels, streamed);
+                           dF ? dF + t * channels : unread, sums, channels, streamed);
       if (DYNAMIC)
-        put_dots(sums, dh_post + t * N, dh_res + (MIXES ? t * N * N : 0));
+        put_dots(sums, dh_post + t * GATES, dh_res + (MIXES ? t * N * N : 0));
       else
         for (int i = 0; i < DOTS; ++i) own[i] += sums[i];
     }
@@ -72,4 +76,23 @@ extern "C" void mhc_post_backward(const stream_t* dY, const stream_t* X, const s
     if (!DYNAMIC) sum_over_team(own, DOTS, workspace, shared);
   }
   if (!DYNAMIC) put_dots(shared, dh_post, dh_res);
+}
+
+// df alone: sum_i H_post[i] dX'_i.
+extern "C" void mhc_post_backward_branch(const stream_t* dY, const float* h_post, stream_t* dF,
+                                         long tokens, long channels, int threads) {
+  const long row = N * channels;
+#pragma omp parallel num_threads(threads)
+  {
+    const Range range = share(tokens);
+    for (long t = range.first; t < range.last; ++t) {
+      const stream_t* const g = dY + t * row;
+      const float* const p = token_post(h_post, t);
+      for_channels(channels, false, [&](long c, auto at) ALWAYS_INLINE {
+        vec df = p[0] * at.get_next(g + c, row);
+        UNROLL for (int i = 1; i < N; ++i) df += p[i] * at.get_next(g + i * channels + c, row);
+        at.put(dF + t * channels + c, df);
+      });
+    }
+  }
 }

@@ -7,8 +7,8 @@ extern "C" long mhc_pre_workspace(long channels, int threads) {
 }
 
 extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, const float* alpha,
-                        stream_t* U, float* h_post, float* h_res, float* saved, float* workspace,
-                        long tokens, long channels, int threads) {
+                        const float* gates, stream_t* U, float* h_post, float* h_res, float* saved,
+                        float* workspace, long tokens, long channels, int threads) {
   const Sizes size(channels);
 #pragma omp parallel num_threads(threads)
   {
@@ -24,6 +24,7 @@ extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, 
       vec z[M], inverse[S], pre[N];
       project_block(size, x, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {h_post, h_res, saved}, pre);
+      take_given(gates, block, pre);
       read_block(size, x, block, pre, U);
     }
   }
@@ -34,11 +35,13 @@ extern "C" long mhc_pre_backward_workspace(long channels, int threads) {
   return size.phi + threads * (size.phi + size.sums + 2 * size.block + L * size.padded);
 }
 
+// Either dphi or dz is null: `mhc_phi_backward` makes the one from the other.
 extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const float* dh_res,
                                  const stream_t* X, const stream_t* dX_more, const float* phi,
                                  const float* bias, const float* alpha, const float* saved,
-                                 stream_t* dX, float* dphi, float* dbias, float* dalpha,
-                                 float* workspace, long tokens, long channels, int threads) {
+                                 const float* gates, stream_t* dX, float* dphi, float* dbias,
+                                 float* dalpha, float* dz, float* dgates, float* workspace,
+                                 long tokens, long channels, int threads) {
   const Sizes size(channels);
   float* const packed = workspace;
   float* const phi_sums = packed + size.phi;
@@ -47,8 +50,8 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
 #pragma omp parallel num_threads(threads)
   {
     pack<O>(phi, packed, N / S, channels, size.padded);
-    float* const phi_sum = phi_sums + thread() * size.phi;
-    std::memset(phi_sum, 0, size.phi * sizeof(float));
+    float* const phi_sum = dphi ? phi_sums + thread() * size.phi : nullptr;
+    if (phi_sum) std::memset(phi_sum, 0, size.phi * sizeof(float));
     float* const x = copies + thread() * (2 * size.block + L * size.padded);
     float *const more_copy = x + size.block, *const du_copy = more_copy + size.block;
     Shared sums;
@@ -74,7 +77,9 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
       }
       clear_after(x, size.stride, count);
       Through through;
-      map_block_backward(size, dots, dh_post, dh_res, saved, bias, alpha, block, sums, through);
+      map_block_backward(size, dots, dh_post, dh_res, saved, bias, alpha, gates, dgates, block,
+                         sums, through);
+      if (dz) through.put(block, dz);
       const bool direct = in_place<stream_t>(channels, count);
       float* const dx = direct ? (float*)(dX + t * N * channels) : x;
       const long dx_stride = direct ? N * channels : size.stride;

@@ -167,11 +167,11 @@ static void add_phi_gradient(const float* x, long stride, int count, const float
 }
 
 // dx = dz phi^T + shrink x + weight du for V chunks: through the product, the norm, the pre-mix;
-// plus `more` if MORE.
+// plus `more` if MORE. If `alone`, without `add_phi_gradient`, it fetches for both.
 template <int V, int O, bool MORE>
 static void state_gradient(Rows x, Rows du, Rows more, int count, const float* phi,
                            const float* dz, vec shrink, vec weight, float* dx, long dx_stride,
-                           bool streamed, Ahead& ahead) {
+                           bool streamed, bool alone, Ahead& ahead) {
   for (int t = 0; t < count; t += ROWS) {
     vec sums[ROWS][V];
     UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -183,6 +183,7 @@ static void state_gradient(Rows x, Rows du, Rows more, int count, const float* p
     }
     for (int o = 0; o < O; ++o) {
       ahead.fetch();
+      if (alone) ahead.fetch();
       UNROLL for (int v = 0; v < V; ++v) {
         const vec column = kept(load(phi + (v * O + o) * L));
         UNROLL for (int r = 0; r < ROWS; ++r) sums[r][v] += dz[(t + r) * O + o] * column;

@@ -40,6 +40,7 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
       const Rows rows{y, size.stride};
       project_block(size, rows, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {next_post, next_res, saved}, pre);
+      take_given(h_post, block, pre);
       read_block(size, rows, block, pre, U);
     }
     finish_streams();
@@ -51,13 +52,14 @@ extern "C" long mhc_seam_backward_workspace(long channels, int threads) {
   return size.phi + threads * (size.phi + size.sums + 2 * size.block + L * size.padded);
 }
 
+// Either dphi or dz is null, as in `mhc_pre_backward`.
 extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const float* dnext_post,
                                   const float* dnext_res, const stream_t* X, const stream_t* F,
                                   const float* h_post, const float* h_res, const float* phi,
                                   const float* bias, const float* alpha, const float* saved,
                                   stream_t* dX, stream_t* dF, float* dh_post, float* dh_res,
-                                  float* dphi, float* dbias, float* dalpha, float* workspace,
-                                  long tokens, long channels, int threads) {
+                                  float* dphi, float* dbias, float* dalpha, float* dz,
+                                  float* workspace, long tokens, long channels, int threads) {
   const Sizes size(channels);
   const long row = N * channels;
   float* const packed = workspace;
@@ -67,8 +69,8 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
 #pragma omp parallel num_threads(threads)
   {
     pack<O>(phi, packed, N / S, channels, size.padded);
-    float* const phi_sum = phi_sums + thread() * size.phi;
-    std::memset(phi_sum, 0, size.phi * sizeof(float));
+    float* const phi_sum = dphi ? phi_sums + thread() * size.phi : nullptr;
+    if (phi_sum) std::memset(phi_sum, 0, size.phi * sizeof(float));
     float* const y = copies + thread() * (2 * size.block + L * size.padded);
     float *const g_copy = y + size.block, *const du_copy = g_copy + size.block;
     Shared sums;
@@ -97,8 +99,9 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
       }
       clear_after(y, size.stride, count);
       Through through;
-      map_block_backward(size, dots, dnext_post, dnext_res, saved, bias, alpha, block, sums,
-                         through);
+      map_block_backward(size, dots, dnext_post, dnext_res, saved, bias, alpha, h_post, dh_post,
+                         block, sums, through);
+      if (dz) through.put(block, dz);
       Ahead ahead;
       block.look_ahead(ahead, dY, row);
       block.look_ahead(ahead, dU, channels);
@@ -114,7 +117,7 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
                              F + token * channels, token_post(h_post, token),
                              token_res(h_res, token), dX + token * row, dF + token * channels,
                              products, channels, streamed);
-        put_dots(products, dh_post + token * N, dh_res + (MIXES ? token * N * N : 0));
+        put_dots(products, dh_post + token * GATES, dh_res + (MIXES ? token * N * N : 0));
       }
     }
     finish_streams();

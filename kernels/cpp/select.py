@@ -44,6 +44,10 @@ def parts(op: str, spec: SiteSpec, learned: bool) -> tuple[Part, ...]:
         return ("sinkhorn",)
     if op.startswith("mhc::collapse"):
         return ("head" if learned and spec.dynamic else "ends",)
+    if op.startswith("mhc::read"):
+        return ("ends",)
+    if op == "mhc::replay":
+        return ("replay",)
     if spec.dynamic or op.startswith("mhc::post"):
         return ("site",)
     return ("ends",) if op.startswith("mhc::pre") else ("ends", "site")

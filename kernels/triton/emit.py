@@ -14,8 +14,9 @@ from mhc_compile.kernels.triton.emit_backward import backward_kernels, maps_back
 from mhc_compile.kernels.triton.emit_ends import end_kernels
 from mhc_compile.kernels.triton.emit_post import post_kernels
 from mhc_compile.kernels.triton.emit_pre import maps_function, pre_kernels
-from mhc_compile.kernels.triton.emit_static import static_kernels
-from mhc_compile.kernels.triton.maps import head_maps, site_maps, vector
+from mhc_compile.kernels.triton.emit_replay import replay_kernel, replay_kernels
+from mhc_compile.kernels.triton.emit_static import read_kernels, static_kernels
+from mhc_compile.kernels.triton.maps import Maps, head_maps, site_maps, vector
 from mhc_compile.kernels.triton.text import Kernel
 
 STREAM_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -25,8 +26,10 @@ STREAM_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 @cache
 def kernels(spec: SiteSpec) -> dict[str, Kernel]:
     """Every kernel of a site, by name."""
-    found = [*post_kernels(spec), *end_kernels(spec)]
-    for maps in (site_maps(spec), head_maps(spec)):
+    found = [*post_kernels(spec), *end_kernels(spec), *read_kernels(spec)]
+    if spec.dynamic and not spec.single_pass:
+        found += replay_kernels(spec)
+    for maps in _all_maps(spec):
         if spec.dynamic:
             found += [*pre_kernels(spec, maps), *backward_kernels(spec, maps)]
         else:
@@ -47,10 +50,21 @@ def source(spec: SiteSpec, dtype: torch.dtype) -> str:
     """
     functions = [_HELPERS, constraint_of(spec).triton(spec)]
     if spec.dynamic:
-        for maps in (site_maps(spec), head_maps(spec)):
+        for maps in _all_maps(spec):
             functions += [maps_function(spec, maps), maps_backward_function(spec, maps)]
     texts = (kernel.text() for kernel in kernels(spec).values())
     return "\n\n".join(text for text in (_head(spec, dtype), *functions, *texts) if text)
+
+
+def _all_maps(spec: SiteSpec) -> tuple[Maps, ...]:
+    """The site's, and those of its learned collapse; a single pass has none."""
+    return (site_maps(spec),) if spec.single_pass else (site_maps(spec), head_maps(spec))
+
+
+@cache
+def replay_source(spec: SiteSpec, dtype: torch.dtype, posts: int, reads: int) -> str:
+    """The module that holds the `replay_kernel` of so many sites."""
+    return "\n\n".join((_head(spec, dtype), _HELPERS, replay_kernel(spec, posts, reads).text()))
 
 
 def _head(spec: SiteSpec, dtype: torch.dtype) -> str:

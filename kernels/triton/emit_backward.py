@@ -6,7 +6,8 @@ BT tokens: it reads the streams and du, and leaves what is a number per token in
 own BC channels and walk over tokens: `..._streams` writes the gradients of the streams and
 `..._phi` that of phi. The seam makes X' again from X and f in each: for n = 4 they move 6, 15 and 5
 rows of C per token. Sums over slices or programs are left in memory and added by a kernel of their
-own in a fixed order: no atomics.
+own in a fixed order: no atomics. In a single pass the gradient of H_pre comes from the next site:
+`..._maps` reads no streams, and `..._streams` leaves the products of du with them.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit_post import (
+    given_weight,
     load_mappings,
     load_row,
     products,
@@ -41,16 +43,20 @@ def backward_kernels(spec: SiteSpec, maps: Maps) -> list[Kernel]:
     """The three kernels of a read of the streams, for the seam too, and the sums they leave."""
     kernels = [_sum_maps(maps)]
     for seam in (False, True) if maps.prefix == "pre" else (False,):
-        kernels += [make(spec, maps, seam) for make in (_maps, _streams, _phi)]
+        makers = (_streams, _phi) if maps.given and seam else (_maps, _streams, _phi)
+        kernels += [make(spec, maps, seam) for make in makers]
     if maps.prefix == "pre":
-        kernels += [_streams(spec, maps, seam=False, more=True), _sum_products(spec)]
+        kernels += [_streams(spec, maps, seam=False, more=True), _sum_products(spec, seam=True)]
+    if maps.given:
+        kernels.append(_sum_products(spec, seam=False))
     return kernels
 
 
-def product_count(spec: SiteSpec) -> int:
-    """Gradients of h_res and h_post per token."""
+def product_count(spec: SiteSpec, seam: bool = True) -> int:
+    """Gradients of h_res and h_post per token; of a single pass those of H_pre, behind them."""
     n = spec.streams
-    return n * n + n if constraint_of(spec).mixes else n
+    mixed = n * n if constraint_of(spec).mixes else 0
+    return (mixed + n if seam else 0) + spec.gates - n
 
 
 def maps_backward_function(spec: SiteSpec, maps: Maps) -> str:
@@ -58,11 +64,12 @@ def maps_backward_function(spec: SiteSpec, maps: Maps) -> str:
 
     def body() -> Iterator[str]:
         yield from logits(maps)
-        yield from pre_weights(maps)
+        if not maps.given:
+            yield from pre_weights(maps)
         yield from through_gates(spec, maps)
         yield from _through_affine(maps)
 
-    dots = [f"d{i}" for i in range(spec.streams)]
+    dots = [] if maps.given else [f"d{i}" for i in range(spec.streams)]
     return function(
         f"{maps.prefix}_maps_backward",
         [*dots, *_maps_arguments(maps), "C", "t", "there"],
@@ -95,6 +102,9 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
+        if maps.given:
+            yield from call("pre_maps_backward", [*_maps_arguments(maps), "C", "t", "there"])
+            return
         if seam and keeps_mappings(spec):
             yield from load_mappings(spec, "t", COLUMN)
         yield from (f"d{i} = tl.zeros([BT, BC], tl.float32)" for i in range(n))
@@ -103,13 +113,11 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
         arguments = [*dots, *_maps_arguments(maps), "C", "t", "there"]
         yield from call(f"{maps.prefix}_maps_backward", arguments)
 
+    source = "dH_pre of the next site" if maps.given else "dH_pre[i] = <X_i, du>"
     return Kernel(
         name="seam_backward_maps" if seam else f"{maps.prefix}_backward_maps",
-        comment=(
-            "dH_pre[i] = <X_i, du>, then back to dz; sums for bias and alpha over the program's\n"
-            "tokens."
-        ),
-        streams=("X", "F", "DU") if seam else ("X", "DU"),
+        comment=f"{source}, then back to dz; sums for bias and alpha over the program's\ntokens.",
+        streams=() if maps.given else ("X", "F", "DU") if seam else ("X", "DU"),
         floats=(*(("H_POST", "H_RES") if seam else ()), *_maps_arguments(maps)),
         integers=("T",),
         constants=("C", "BT", "BC"),
@@ -119,8 +127,10 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
 
 def through_gates(spec: SiteSpec, maps: Maps) -> Iterator[str]:
     """``dh{m}``, the gradients of the logits."""
-    n, tanh = spec.streams, maps.gate == "tanh"
+    n, gates, tanh = spec.streams, spec.gates, maps.gate == "tanh"
     for i in range(n):
+        if maps.given:
+            yield f"d{i} = read(NEXT_DPOST + t * {gates} + {i}, there)"
         if tanh:
             yield f"dh{i} = d{i}"
         else:
@@ -129,7 +139,7 @@ def through_gates(spec: SiteSpec, maps: Maps) -> Iterator[str]:
     if maps.prefix == "head":
         return
     for i in range(n):
-        grad = f"read(NEXT_DPOST + t * {n} + {i}, there)"
+        grad = f"read(NEXT_DPOST + t * {gates} + {gates - n + i}, there)"
         if tanh:
             yield f"dh{n + i} = {grad}"
         else:
@@ -160,8 +170,9 @@ def _through_affine(maps: Maps) -> Iterator[str]:
         cube = f"inverse{s} * inverse{s} * inverse{s}"
         shrink = f"-dinverse{s} * ({cube}) / {norm_values(maps)}"
         yield f"tl.store(work + {width + s}, {shrink}, mask=there)"
-    for i in range(maps.streams):
-        yield f"tl.store(work + {maps.saved + i}, w{i}, mask=there)"
+    if not maps.given:
+        for i in range(maps.streams):
+            yield f"tl.store(work + {maps.saved + i}, w{i}, mask=there)"
     yield f"sums = SUMS + tl.program_id(0) * {width + len(maps.groups)}"
     yield from (f"tl.store(sums + {m}, tl.sum(dh{m}, 0))" for m in range(width))
     for g in range(len(maps.groups)):
@@ -213,20 +224,26 @@ def _stream(spec: SiteSpec, seam: bool, j: int) -> Iterator[str]:
 
 
 def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kernel:
-    n, count = spec.streams, product_count(spec)
+    n, count = spec.streams, product_count(spec, seam)
+    first_pre = count - (spec.gates - n)  # products: H_res, H_post, then H_pre of the site before
+    gates = "H_POST" if seam else "GATES"
 
     def step() -> Iterator[str]:
         yield from _walk(seam, n)
         yield "du = read(DU + t[:, None] * C + c[None, :], live)"
         yield from _load_dz(maps)
-        if seam:
+        if count:
             yield f"products = PRODUCTS + tl.program_id(0).to(tl.int64) * {count} * T + t"
         for j in range(n):
             s = j % maps.norms
             yield from _stream(spec, seam, j)
+            if maps.given:
+                value = f"tl.sum(v{j} * du, 1)"
+                yield f"tl.store(products + {first_pre + j} * T, {value}, mask=there)"
             if maps.norms == 1 or j == 0:
                 yield f"phi = read(PHI + {_at_phi_turned(maps, j)}, of_phi)"
-            yield f"w{j} = read(work + {maps.saved + j}, there)[:, None]"
+            weight = given_weight(spec, gates, j) if maps.given else f"work + {maps.saved + j}"
+            yield f"w{j} = {COLUMN.format(weight)}"
             yield f"shrink{j} = read(work + {maps.width + s}, there)[:, None]"
             yield f"g{j} = w{j} * du + shrink{j} * v{j}"
             yield f"g{j} += tl.dot(dz{s}, phi, input_precision=PRECISION)"
@@ -243,7 +260,7 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kern
     def through_post(j: int) -> Iterator[str]:
         yield f"g{j} += read({stream('DY + row', j)}, live)"
         for name, factor in products(spec, j):
-            number = int(name[1:]) + (count - n if name[0] == "q" else 0)
+            number = int(name[1:]) + (first_pre - n if name[0] == "q" else 0)
             value = f"tl.sum(g{j} * {factor}, 1)"
             yield f"tl.store(products + {number} * T, {value}, mask=there)"
         add = "+=" if j else "="
@@ -273,9 +290,9 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kern
         if seam
         else ("DU", "X", *(("DX_MORE",) if more else ()), "DX"),
         floats=(
-            *(("H_POST", "H_RES") if seam else ()),
+            *(("H_POST", "H_RES") if seam else ("GATES",) if maps.given else ()),
             *("PHI", "WORK"),
-            *(("PRODUCTS",) if seam else ()),
+            *(("PRODUCTS",) if count else ()),
         ),
         integers=("T", "SPAN"),
         constants=("C", "BT", "BC", "PRECISION"),
@@ -344,8 +361,9 @@ def _sum_maps(maps: Maps) -> Kernel:
     )
 
 
-def _sum_products(spec: SiteSpec) -> Kernel:
-    n, count = spec.streams, product_count(spec)
+def _sum_products(spec: SiteSpec, seam: bool) -> Kernel:
+    n, count, gates = spec.streams, product_count(spec, seam), spec.gates
+    first_post = count - gates  # behind H_res: H_post, and H_pre of the site before
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
@@ -354,15 +372,20 @@ def _sum_products(spec: SiteSpec) -> Kernel:
         step = [f"sum{e} += read(PRODUCTS + at + {e} * T, there)" for e in range(count)]
         yield from loop("for _ in range(0, SLICES)", [*step, f"at += {count} * T"])
         for i in range(n):
-            yield f"tl.store(DH_POST + t * {n} + {i}, sum{count - n + i}, mask=there)"
-        for e in range(count - n):
-            yield f"tl.store(DH_RES + t * {n * n} + {e}, sum{e}, mask=there)"
+            value = f"sum{first_post + i}" if seam else "0.0"
+            yield f"tl.store(DH_POST + t * {gates} + {gates - n + i}, {value}, mask=there)"
+        for i in range(gates - n):
+            yield f"tl.store(DH_POST + t * {gates} + {i}, sum{count - n + i}, mask=there)"
+        if seam:
+            for e in range(first_post):
+                yield f"tl.store(DH_RES + t * {n * n} + {e}, sum{e}, mask=there)"
 
+    whose = "H_post and H_res" if seam else "gates"
     return Kernel(
-        name="sum_products",
-        comment="The gradients of H_post and H_res from the sums of all slices of the channels.",
+        name="sum_products" if seam else "sum_weights",
+        comment=f"The gradients of {whose} from the sums of all slices of the channels.",
         streams=(),
-        floats=("PRODUCTS", "DH_POST", "DH_RES"),
+        floats=("PRODUCTS", "DH_POST", *(("DH_RES",) if seam else ())),
         integers=("T", "SLICES"),
         constants=("BT",),
         body=tuple(body()),

@@ -12,8 +12,9 @@ from mhc_compile.kernels.triton.text import Kernel, assign, loop
 
 
 def post_kernels(spec: SiteSpec) -> list[Kernel]:
-    """``post`` and ``post_backward``."""
-    return [_post(spec), _post_backward(spec)]
+    """``post`` and ``post_backward``, this also in two parts."""
+    backward = [_post_backward(spec, branch) for branch in (True, False)]
+    return [_post(spec), *backward, _post_backward_branch(spec)]
 
 
 def stream(base: str, j: int) -> str:
@@ -43,14 +44,19 @@ def load_row(spec: SiteSpec, i: int, token: str, read: str) -> Iterator[str]:
     """Of `load_mappings` those that X'_i is made with."""
     n = spec.streams
     post, res = (
-        (f"H_POST + {token} * {n}", f"H_RES + {token} * {n * n}")
+        (f"H_POST + {token} * {spec.gates}", f"H_RES + {token} * {n * n}")
         if spec.dynamic
         else ("H_POST", "H_RES")
     )
-    yield f"p{i} = {read.format(f'{post} + {i}')}"
+    yield f"p{i} = {read.format(f'{post} + {spec.gates - n + i}')}"
     if constraint_of(spec).mixes:
         for e in range(i * n, i * n + n):
             yield f"r{e} = {read.format(f'{res} + {e}')}"
+
+
+def given_weight(spec: SiteSpec, gates: str, i: int) -> str:
+    """Where a single pass finds H_pre[i] of the site before."""
+    return f"{gates} + t * {spec.gates} + {i}"
 
 
 def carried(spec: SiteSpec, i: int) -> list[str]:
@@ -128,7 +134,7 @@ def _post(spec: SiteSpec) -> Kernel:
     )
 
 
-def _post_backward(spec: SiteSpec) -> Kernel:
+def _post_backward(spec: SiteSpec, branch: bool) -> Kernel:
     n = spec.streams
     sums = [name for i in range(n) for name, _ in products(spec, i)]
 
@@ -142,8 +148,9 @@ def _post_backward(spec: SiteSpec) -> Kernel:
         for j in range(n):
             yield from assign(f"dx{j}", returned(spec, j))
         yield from store_streams(n, "DX + row", "dx")
-        yield from assign("df", branch_returned(spec))
-        yield "tl.store(DF + t * C + c, df, mask=live)"
+        if branch:
+            yield from assign("df", branch_returned(spec))
+            yield "tl.store(DF + t * C + c, df, mask=live)"
         for i in range(n):
             for name, factor in products(spec, i):
                 yield f"{name} += by_vector(g{i} * {factor}, BC)"
@@ -153,18 +160,43 @@ def _post_backward(spec: SiteSpec) -> Kernel:
         yield from load_mappings(spec, "t", "tl.load({})")
         yield from (f"{name} = tl.zeros([BC // VECTOR], tl.float32)" for name in sums)
         yield from loop("for start in range(0, C, BC)", step())
-        yield from store_products(
-            spec, f"DH_POST + t * {n}", f"DH_RES + t * {n * n}", "tl.sum({}, 0)"
-        )
+        gates = spec.gates if spec.dynamic else n  # of a static site, what is added over tokens
+        post = f"DH_POST + t * {gates}"
+        if gates > n:
+            yield from (f"tl.store({post} + {i}, 0.0)" for i in range(n))
+            post = f"{post} + {n}"
+        yield from store_products(spec, post, f"DH_RES + t * {n * n}", "tl.sum({}, 0)")
 
+    df = "df = sum_i H_post[i] dX'_i; " if branch else ""
     return Kernel(
-        name="post_backward",
+        name="post_backward" if branch else "post_backward_state",
         comment=(
-            "dX_j = sum_i H_res[i, j] dX'_i; df = sum_i H_post[i] dX'_i; dH_res[i, j] and\n"
+            f"dX_j = sum_i H_res[i, j] dX'_i; {df}dH_res[i, j] and\n"
             "dH_post[i] are the products of dX'_i with X_j and f. One token a program."
         ),
-        streams=("DY", "X", "F", "DX", "DF"),
+        streams=("DY", "X", "F", "DX", *(("DF",) if branch else ())),
         floats=("H_POST", "H_RES", "DH_POST", "DH_RES"),
+        constants=("C", "BC"),
+        body=tuple(body()),
+    )
+
+
+def _post_backward_branch(spec: SiteSpec) -> Kernel:
+    n = spec.streams
+    first = f"H_POST + t * {spec.gates}" if spec.dynamic else "H_POST"
+
+    def body() -> Iterator[str]:
+        yield from block_of_one_token(n)
+        yield from load_streams(n, "DY + row", "g")
+        yield from (f"p{i} = tl.load({first} + {spec.gates - n + i})" for i in range(n))
+        yield from assign("df", branch_returned(spec))
+        yield "tl.store(DF + t * C + c, df, mask=live)"
+
+    return Kernel(
+        name="post_backward_branch",
+        comment="df = sum_i H_post[i] dX'_i. One token, BC channels a program.",
+        streams=("DY", "DF"),
+        floats=("H_POST",),
         constants=("C", "BC"),
         body=tuple(body()),
     )

@@ -4,7 +4,8 @@ A program owns BT tokens. The first pass over the channels makes the products wi
 norm; then coefficients are computed on vectors over tokens; the second pass reads the streams
 again, which the caches still hold if few tokens are in flight. Where they would not, or where
 tokens are too few to fill a GPU, the two passes are two kernels: `..._scan` takes one slice of the
-channels a program, and `..._mix` adds the slices' sums in their order.
+channels a program, and `..._mix` adds the slices' sums in their order. In a single pass the first
+one reads them, by weights that are there already, and there is no second.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit_post import (
     carried,
+    given_weight,
     load_mappings,
     load_row,
     load_streams,
@@ -108,27 +110,33 @@ def maps_function(spec: SiteSpec, maps: Maps) -> str:
     """The function from z and 1/r of some tokens to their mappings, (16) to (19)."""
     n = spec.streams
     weights = ", ".join(f"w{i}" for i in range(n))
+    result = [f"return ({weights},)" if n == 1 else f"return {weights}"]
     return function(
         f"{maps.prefix}_maps",
         [*_maps_arguments(maps), "t", "there"],
-        "(16) to (19), vectors over tokens; returns H_pre.",
+        "(16) to (19), vectors over tokens" + ("." if maps.given else "; returns H_pre."),
         [
             *logits(maps),
             *pre_weights(maps),
             *store_mappings(spec, maps),
-            f"return ({weights},)" if n == 1 else f"return {weights}",
+            *([] if maps.given else result),
         ],
     )
 
 
 def store_mappings(spec: SiteSpec, maps: Maps) -> Iterator[str]:
-    """Equations (18) and (19): H_post and H_res from the logits; a head has neither."""
-    n = spec.streams
+    """Equations (18) and (19): H_post and H_res from the logits; a head has neither.
+
+    In a single pass H_pre is stored as well, in front of H_post.
+    """
+    n, gates = spec.streams, spec.gates
     if maps.prefix == "head":
         return
+    for i in range(gates - n):
+        yield f"tl.store(NEXT_POST + t * {gates} + {i}, w{i}, mask=there)"
     for i in range(n):
         gate = f"h{n + i}" if maps.gate == "tanh" else f"2.0 * tl.sigmoid(h{n + i})"
-        yield f"tl.store(NEXT_POST + t * {n} + {i}, {gate}, mask=there)"
+        yield f"tl.store(NEXT_POST + t * {gates} + {gates - n + i}, {gate}, mask=there)"
     if maps.mixes:
         yield from call("res = matrix", [f"h{m}" for m in range(2 * n, maps.width)])
         for e in range(n * n):
@@ -159,6 +167,8 @@ def _first_step(spec: SiteSpec, maps: Maps, seam: bool) -> Iterator[str]:
     yield from block_of_channels(spec.streams)
     if seam:
         yield from load_previous(spec.streams)
+    if maps.given and not keeps_mappings(spec):
+        yield from _given_weights(spec, seam)
     if maps.norms > 1:
         yield f"phi = read(PHI + {at_phi(maps, 0)}, {inside})"
     for j in range(maps.streams):
@@ -173,6 +183,31 @@ def _first_step(spec: SiteSpec, maps: Maps, seam: bool) -> Iterator[str]:
             yield f"phi = read(PHI + {at_phi(maps, j)}, {inside})"
         yield f"sum{s} = tl.dot(v{j}, phi, sum{s}, input_precision=PRECISION)"
         yield f"square{s} += v{j} * v{j}"
+    if maps.given:
+        yield from assign("u", [f"w{j} * v{j}" for j in range(maps.streams)])
+        yield "tl.store(U + t[:, None] * C + c[None, :], u, mask=live)"
+
+
+def _given_weights(spec: SiteSpec, seam: bool) -> Iterator[str]:
+    """H_pre of the site before as columns ``w{i}``."""
+    gates = "H_POST" if seam else "GATES"
+    for i in range(spec.streams):
+        yield f"w{i} = {COLUMN.format(given_weight(spec, gates, i))}"
+
+
+def _load_kept(spec: SiteSpec, maps: Maps, seam: bool) -> Iterator[str]:
+    """What of the site before stays in registers for the whole pass."""
+    if not keeps_mappings(spec):
+        return
+    if seam:
+        yield from load_mappings(spec, "t", COLUMN)
+    if maps.given:
+        yield from _given_weights(spec, seam)
+
+
+def _mappings_before(maps: Maps, seam: bool) -> tuple[str, ...]:
+    """The arguments that hold mappings of the site before."""
+    return ("H_POST", "H_RES") if seam else ("GATES",) if maps.given else ()
 
 
 def _store_sums(maps: Maps, base: str, square: str) -> Iterator[str]:
@@ -192,10 +227,13 @@ def _inverse_norm(maps: Maps) -> str:
 
 
 def _second_pass(spec: SiteSpec, maps: Maps, base: str) -> Iterator[str]:
-    """The mappings, then ``u = sum_i H_pre[i] X_i``."""
+    """The mappings, then ``u = sum_i H_pre[i] X_i`` unless the first pass has made it."""
     n = spec.streams
     # Threads read what others stored: z column by column, and a state in another layout.
     yield "tl.debug_barrier()"
+    if maps.given:
+        yield from call(f"{maps.prefix}_maps", [*_maps_arguments(maps), "t", "there"])
+        return
     yield from call(f"w = {maps.prefix}_maps", [*_maps_arguments(maps), "t", "there"])
     yield from (f"w{i} = w[{i}][:, None]" for i in range(n))
     step = (
@@ -212,8 +250,7 @@ def _whole(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
-        if seam and keeps_mappings(spec):
-            yield from load_mappings(spec, "t", COLUMN)
+        yield from _load_kept(spec, maps, seam)
         yield from _start_sums(maps)
         yield from loop("for start in range(0, C, BC)", _first_step(spec, maps, seam))
         yield f"saved = SAVED + t * {maps.saved}"
@@ -228,11 +265,7 @@ def _whole(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
             else "(14) to (19), then u = sum_i H_pre[i] X_i."
         ),
         streams=("X", "F", "Y", "U") if seam else ("X", "U"),
-        floats=(
-            *(("H_POST", "H_RES") if seam else ()),
-            "PHI",
-            *_maps_arguments(maps),
-        ),
+        floats=(*_mappings_before(maps, seam), "PHI", *_maps_arguments(maps)),
         integers=("T",),
         constants=("C", "BT", "BC", "PRECISION"),
         body=tuple(body()),
@@ -243,8 +276,7 @@ def _scan(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
     def body() -> Iterator[str]:
         yield from block_of_tokens()
         yield "part = tl.program_id(1)"
-        if seam and keeps_mappings(spec):
-            yield from load_mappings(spec, "t", COLUMN)
+        yield from _load_kept(spec, maps, seam)
         yield from _start_sums(maps)
         head = "for start in range(part * SLICE, (part + 1) * SLICE, BC)"
         yield from loop(head, _first_step(spec, maps, seam))
@@ -258,8 +290,8 @@ def _scan(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
             if seam
             else "The sums of (14) and (15) over SLICE channels."
         ),
-        streams=("X", "F", "Y") if seam else ("X",),
-        floats=(*(("H_POST", "H_RES") if seam else ()), "PHI", "PARTIAL"),
+        streams=(*(("X", "F", "Y") if seam else ("X",)), *(("U",) if maps.given else ())),
+        floats=(*_mappings_before(maps, seam), "PHI", "PARTIAL"),
         integers=("T",),
         constants=("C", "SLICE", "BT", "BC", "PRECISION"),
         body=tuple(body()),
@@ -291,8 +323,9 @@ def _mix(spec: SiteSpec, maps: Maps) -> Kernel:
 
     return Kernel(
         name=f"{maps.prefix}_mix",
-        comment="(14) to (19) from the sums of all slices, then u = sum_i H_pre[i] X_i.",
-        streams=("X", "U"),
+        comment="(14) to (19) from the sums of all slices"
+        + ("." if maps.given else ", then u = sum_i H_pre[i] X_i."),
+        streams=() if maps.given else ("X", "U"),
         floats=("PARTIAL", *_maps_arguments(maps)),
         integers=("T",),
         constants=("C", "SLICE", "BT", "BC"),

@@ -34,6 +34,13 @@ def static_kernels(spec: SiteSpec, maps: Maps) -> list[Kernel]:
     return kernels
 
 
+def read_kernels(spec: SiteSpec) -> list[Kernel]:
+    """``mhc::read`` and its gradient, by weights each token has; a static site's are `_pre`."""
+    if not (spec.single_pass and spec.dynamic):
+        return []
+    return [_pre(spec), _pre_backward(spec)]
+
+
 def _one_token(maps: Maps) -> Iterator[str]:
     yield "t = tl.arange(0, 1)"
     yield "there = t < 1"
@@ -59,9 +66,10 @@ def _maps(spec: SiteSpec, maps: Maps) -> Kernel:
 
 
 def _maps_backward(spec: SiteSpec, maps: Maps) -> Kernel:
+    own = () if maps.given else ("DH_PRE",)  # else it comes in front of that of H_post
     body = (
         *_one_token(maps),
-        *(f"d{i} = read(DH_PRE + t + {i}, there)" for i in range(spec.streams)),
+        *(f"d{i} = read(DH_PRE + t + {i}, there)" for i in range(spec.streams) if own),
         *through_gates(spec, maps),
         *(f"tl.store(DBIAS + t + {m}, dh{m}, mask=there)" for m in range(maps.width)),
     )
@@ -70,13 +78,14 @@ def _maps_backward(spec: SiteSpec, maps: Maps) -> Kernel:
         name=f"{maps.prefix}_static_maps_backward",
         comment="Through (19) to (17) to the bias. One program.",
         streams=(),
-        floats=("BIAS", "DH_PRE", *grads, "DBIAS"),
+        floats=("BIAS", *own, *grads, "DBIAS"),
         body=body,
     )
 
 
-def _load_weights(n: int) -> Iterator[str]:
-    yield from (f"w{i} = tl.load(H_PRE + {i})" for i in range(n))
+def _load_weights(spec: SiteSpec) -> Iterator[str]:
+    own = f" + t * {spec.gates}" if spec.dynamic else ""
+    yield from (f"w{i} = tl.load(H_PRE{own} + {i})" for i in range(spec.streams))
 
 
 def _pre(spec: SiteSpec) -> Kernel:
@@ -84,12 +93,12 @@ def _pre(spec: SiteSpec) -> Kernel:
     body = (
         *block_of_one_token(n),
         *load_streams(n, "X + row", "x"),
-        *_load_weights(n),
+        *_load_weights(spec),
         *assign("u", [f"w{i} * x{i}" for i in range(n)]),
         "tl.store(U + t * C + c, u, mask=live)",
     )
     return Kernel(
-        name="static_pre",
+        name="read_streams" if spec.dynamic else "static_pre",
         comment="u = sum_i H_pre[i] X_i. One token, BC channels a program.",
         streams=("X", "U"),
         floats=("H_PRE",),
@@ -106,7 +115,7 @@ def _seam(spec: SiteSpec) -> Kernel:
         yield from load_streams(n, "X + row", "x")
         yield "f = read(F + t * C + c, live)"
         yield from load_mappings(spec, "t", "tl.load({})")
-        yield from _load_weights(n)
+        yield from _load_weights(spec)
         for i in range(n):
             yield from assign(f"y{i}", carried(spec, i))
             yield f"y{i} = y{i}.to(STREAM)"
@@ -134,8 +143,11 @@ def _channels(n: int) -> Iterator[str]:
     yield f"row = t * ({n} * C) + c"
 
 
-def _store_weights(n: int) -> Iterator[str]:
-    yield from (f"tl.store(DH_PRE + t * {n} + {i}, tl.sum(d{i}, 0))" for i in range(n))
+def _store_weights(spec: SiteSpec) -> Iterator[str]:
+    n = spec.streams
+    apart = spec.gates if spec.dynamic else n  # of a static site, what is added over tokens
+    yield from (f"tl.store(DH_PRE + t * {apart} + {i}, tl.sum(d{i}, 0))" for i in range(n))
+    yield from (f"tl.store(DH_PRE + t * {apart} + {i}, 0.0)" for i in range(n, apart))
 
 
 def _pre_backward(spec: SiteSpec) -> Kernel:
@@ -151,13 +163,13 @@ def _pre_backward(spec: SiteSpec) -> Kernel:
 
     body = (
         "t = tl.program_id(0).to(tl.int64)",
-        *_load_weights(n),
+        *_load_weights(spec),
         *_sums([f"d{i}" for i in range(n)]),
         *loop("for start in range(0, C, BC)", step()),
-        *_store_weights(n),
+        *_store_weights(spec),
     )
     return Kernel(
-        name="static_pre_backward",
+        name="read_streams_backward" if spec.dynamic else "static_pre_backward",
         comment="dX_i = H_pre[i] du; dH_pre[i] = <X_i, du>. One token a program.",
         streams=("DU", "X", "DX"),
         floats=("H_PRE", "DH_PRE"),
@@ -190,11 +202,11 @@ def _seam_backward(spec: SiteSpec) -> Kernel:
     body = (
         "t = tl.program_id(0).to(tl.int64)",
         *load_mappings(spec, "t", "tl.load({})"),
-        *_load_weights(n),
+        *_load_weights(spec),
         *_sums([*names, *(f"d{i}" for i in range(n))]),
         *loop("for start in range(0, C, BC)", step()),
         *store_products(spec, f"DH_POST + t * {n}", f"DH_RES + t * {n * n}", "tl.sum({}, 0)"),
-        *_store_weights(n),
+        *_store_weights(spec),
     )
     return Kernel(
         name="static_seam_backward",

@@ -13,17 +13,21 @@ from mhc_compile.kernels.triton.site import Site, floats
 
 
 def pre(
-    site: Site, X: torch.Tensor, bias: torch.Tensor, shapes: Sequence[Sequence[int]]
+    site: Site,
+    X: torch.Tensor,
+    bias: torch.Tensor,
+    shapes: Sequence[Sequence[int]],
+    gates: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mhc::pre``."""
     h_pre, (h_post, h_res, saved) = _mappings(site, bias, shapes)
-    return read(site, X, h_pre), h_post, h_res, saved
+    return read(site, X, h_pre if gates is None else gates), h_post, h_res, saved
 
 
 def read(site: Site, X: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``sum_i weights[i] X_i``."""
+    """``sum_i weights[i] X_i``, by the first n weights."""
     u = X.new_empty((*X.shape[:-2], site.channels))
-    site.run("static_pre", X, u, weights)
+    site.run("static_pre", X, u, *floats(weights))
     return u
 
 
@@ -34,11 +38,22 @@ def pre_backward(
     dh_res: torch.Tensor,
     X: torch.Tensor,
     bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``mhc::pre_backward``; empty gradients for phi and alpha."""
+    gates: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mhc::pre_backward``: the gradients of X, bias and gates."""
+    if gates is not None:
+        dX, dgates = read_backward(site, du, X, gates)
+        return dX, _maps_backward(site, bias, None, dh_post, dh_res), dgates
     dX, dh_pre = _read_backward(site, du, X, _weights(site, bias))
-    dbias = _maps_backward(site, bias, dh_pre, dh_post, dh_res)
-    return dX, site.room(0), dbias, site.room(0)
+    return dX, _maps_backward(site, bias, dh_pre, dh_post, dh_res), site.room(0)
+
+
+def read_backward(
+    site: Site, du: torch.Tensor, X: torch.Tensor, gates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``mhc::read_backward``."""
+    dX, dweights = _read_backward(site, du, X, gates)
+    return dX, torch.cat((dweights, torch.zeros_like(dweights))).to(gates.dtype)
 
 
 def seam(
@@ -53,7 +68,8 @@ def seam(
     """``mhc::seam``."""
     h_pre, results = _mappings(site, bias, shapes)
     out, u = X.new_empty(X.shape), X.new_empty((*X.shape[:-2], site.channels))
-    site.run("static_seam", X, f, out, u, *floats(h_post, h_res), h_pre)
+    mappings = floats(h_post, h_res)
+    site.run("static_seam", X, f, out, u, *mappings, mappings[0] if _given(site) else h_pre)
     return out, u, *results
 
 
@@ -71,12 +87,22 @@ def seam_backward(
     dX, df = X.new_empty(X.shape), f.new_empty(f.shape)
     by_token = products(site)
     weights = site.room(site.tokens, site.spec.streams)
-    given = (*floats(h_post, h_res), _weights(site, bias))
+    mappings = floats(h_post, h_res)
+    given = (*mappings, mappings[0] if _given(site) else _weights(site, bias))
     site.run("static_seam_backward", dX_next, du, X, f, dX, df, *given, *by_token, weights)
     dh_pre = site.sum_rows(weights, weights[0])
-    dbias = _maps_backward(site, bias, dh_pre, dh_post_next, dh_res_next)
-    summed = sum_products(site, by_token, h_post, h_res)
-    return dX, df, *summed, site.room(0), dbias, site.room(0)
+    dh_post, dh_res = sum_products(site, by_token, h_post, h_res)
+    if _given(site):
+        dh_post[: site.spec.streams] = dh_pre
+        dbias = _maps_backward(site, bias, None, dh_post_next, dh_res_next)
+    else:
+        dbias = _maps_backward(site, bias, dh_pre, dh_post_next, dh_res_next)
+    return dX, df, dh_post, dh_res, site.room(0), dbias, site.room(0)
+
+
+def _given(site: Site) -> bool:
+    """Whether the streams are read by the first half of h_post."""
+    return site.spec.single_pass
 
 
 def products(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +119,10 @@ def sum_products(
     h_res: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of h_post and h_res from what `products` made room for."""
-    dh_post = site.sum_rows(by_token[0], h_post)
+    n = site.spec.streams
+    dh_post = site.sum_rows(by_token[0], h_post[-n:])
+    if _given(site):
+        dh_post = torch.cat((torch.zeros_like(dh_post), dh_post))
     if not constraint_of(site.spec).mixes:
         return dh_post, torch.zeros_like(h_res)
     return dh_post, site.sum_rows(by_token[1], h_res)
@@ -127,7 +156,7 @@ def _mappings(
 
 def _weights(site: Site, bias: torch.Tensor) -> torch.Tensor:
     n = site.spec.streams
-    return _mappings(site, bias, ([n], [n, n], [0]))[0]
+    return _mappings(site, bias, ([site.spec.gates], [n, n], [0]))[0]
 
 
 def _read_backward(
@@ -135,17 +164,19 @@ def _read_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dX = X.new_empty(X.shape)
     by_token = site.room(site.tokens, site.spec.streams)
-    site.run("static_pre_backward", du, X, dX, weights, by_token)
-    return dX, site.sum_rows(by_token, weights)
+    site.run("static_pre_backward", du, X, dX, *floats(weights), by_token)
+    return dX, site.sum_rows(by_token, weights[: site.spec.streams])
 
 
 def _maps_backward(
     site: Site,
     bias: torch.Tensor,
-    dh_pre: torch.Tensor,
+    dh_pre: torch.Tensor | None,
     dh_post: torch.Tensor,
     dh_res: torch.Tensor,
 ) -> torch.Tensor:
+    """The gradient of the bias; that of H_pre is a part of ``dh_post`` where it is None."""
     dbias = bias.new_empty(bias.shape)
-    site.start("pre_static_maps_backward", *floats(bias), dh_pre, *floats(dh_post, dh_res), dbias)
+    own = () if dh_pre is None else (dh_pre,)
+    site.start("pre_static_maps_backward", *floats(bias), *own, *floats(dh_post, dh_res), dbias)
     return dbias

@@ -6,6 +6,7 @@ import torch
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.constraints.base import Gate
+from mhc_compile.kernels.layout import dz_width
 from mhc_compile.kernels.spec import SiteSpec
 
 VECTOR_BYTES = 16
@@ -27,6 +28,8 @@ class Maps:
     mixes: bool
     pre_eps: float
     norm_eps: float
+    given: bool = False
+    """A single pass: the streams are weighed by numbers that came with the gates."""
 
     @property
     def width(self) -> int:
@@ -56,7 +59,7 @@ class Maps:
     @property
     def work(self) -> int:
         """Stride of dz, the factors of x in dX, and H_pre, from one backward kernel to the next."""
-        return -(-(self.saved + self.streams) // 4) * 4
+        return dz_width(self.saved, self.streams)
 
 
 def site_maps(spec: SiteSpec) -> Maps:
@@ -71,6 +74,7 @@ def site_maps(spec: SiteSpec) -> Maps:
         mixes=constraint.mixes,
         pre_eps=spec.pre_eps,
         norm_eps=spec.norm_eps,
+        given=spec.single_pass,
     )
 
 

@@ -11,14 +11,15 @@ import torch
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton.emit import kernels, source
+from mhc_compile.kernels.triton.emit import kernels, replay_source, source
+from mhc_compile.kernels.triton.emit_replay import replay_name
 from mhc_compile.kernels.triton.load import load
 from mhc_compile.kernels.triton.maps import Maps, maps_of
 from mhc_compile.kernels.triton.targets import target_of
 from mhc_compile.kernels.triton.tiles import (
-    ONE_TOKEN_BLOCKS,
     Tile,
     one_launch,
+    owns_one_token,
     span,
     tile,
 )
@@ -120,6 +121,14 @@ class Site:
         grid = tuple(-(-size // step) for size, step in extents)
         self._start(kernel, grid, *tensors, *(given[name] for name in wanted))
 
+    def run_replay(self, posts: int, reads: int, *tensors: torch.Tensor) -> None:
+        """Run the kernel that replays so many sites; the shorter ones are modules of their own."""
+        name, module = replay_name(posts, reads), self.module
+        if name not in kernels(self.spec):
+            module = load(replay_source(self.spec, self.dtype, posts, reads))
+        grid = tuple(-(-size // step) for size, step in self._extents(name))
+        self._launch(getattr(module, name), name, grid, *tensors)
+
     def _extents(self, kernel: str) -> list[tuple[int, int]]:
         """What each axis of a kernel's grid divides, and by what."""
         constants = self.tile(kernel).constants
@@ -128,15 +137,20 @@ class Site:
         tokens = (self.tokens, int(constants.get("BT", 1)))
         if kernel.endswith("_scan"):
             return [tokens, (self.channels, int(constants["SLICE"]))]
-        if kernel in ONE_TOKEN_BLOCKS:
+        if owns_one_token(kernel):
             return [tokens, (self.channels, int(constants["BC"]))]
         return [tokens]
 
     def _start(self, kernel: str, grid: tuple[int, ...], *arguments: torch.Tensor | int) -> None:
+        self._launch(getattr(self.module, kernel), kernel, grid, *arguments)
+
+    def _launch(
+        self, function: Any, kernel: str, grid: tuple[int, ...], *arguments: torch.Tensor | int
+    ) -> None:
         chosen = self.tile(kernel)
         dense = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
         with on_device(self.device):
-            getattr(self.module, kernel)[grid](
+            function[grid](
                 *dense,
                 **chosen.constants,
                 num_warps=chosen.warps,

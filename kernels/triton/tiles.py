@@ -21,8 +21,22 @@ class Tile:
     stages: int = 1
 
 
-ONE_TOKEN_BLOCKS = ("post", "collapse_mean", "collapse_sum", "static_pre", "static_seam")
-"""Kernels whose programs own a block of the channels of one token."""
+_ONE_TOKEN_BLOCKS = (
+    *("post", "post_backward_branch", "read_streams"),
+    *("collapse_mean", "collapse_sum"),
+    *("static_pre", "static_seam"),
+)
+
+
+def owns_one_token(kernel: str) -> bool:
+    """Whether the programs of a kernel own a block of the channels of one token."""
+    return kernel in _ONE_TOKEN_BLOCKS or kernel.startswith("replay")
+
+
+_ONE_TOKEN = (
+    *("post_backward", "post_backward_state", "read_streams_backward"),
+    *("static_pre_backward", "static_seam_backward"),
+)
 
 
 def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Target) -> Tile:
@@ -37,16 +51,16 @@ def tile(kernel: str, maps: Maps, channels: int, dtype: torch.dtype, target: Tar
     """
     per_warp = target.lanes * vector(dtype)  # channels that one warp covers with wide accesses
     width: dict[str, int | str] = {"C": channels}
-    if kernel in ONE_TOKEN_BLOCKS:
+    if owns_one_token(kernel):
         block = _fitting(channels, per_warp, 4 * per_warp)
         return Tile(constants={**width, "BC": block}, warps=block // per_warp)
     if "_static_maps" in kernel:
         return Tile(constants={}, warps=1)
-    if kernel in ("post_backward", "static_pre_backward", "static_seam_backward"):
+    if kernel in _ONE_TOKEN:
         return Tile(constants={**width, "BC": per_warp}, warps=1)
     if kernel == "sum_rows":
         return Tile(constants={"SPAN": 1024, "BR": 32, "BK": 64}, warps=4)
-    if kernel == "sum_products":
+    if kernel in ("sum_products", "sum_weights"):
         return Tile(constants={"BT": 64}, warps=2)
     if kernel.endswith("sum_maps"):
         return Tile(constants={"BR": 32}, warps=4)
@@ -71,6 +85,10 @@ def _block(kernel: str, maps: Maps) -> tuple[int, int, int, int]:
     few = maps.streams <= 4
     if kernel.endswith("_backward_maps"):
         return (16, 64, 4, 1) if few else (16, 32, 4, 1)
+    if kernel == "seam_backward_streams" and maps.given and few:
+        # With the gradients of H_pre as well, 128-bit accesses would spill 80 bytes on NVIDIA's
+        # targets: these are of 64 bits.
+        return (16, 64, 8, 1)
     if kernel.endswith("_backward_streams"):
         return (16, 128, 8, 1) if few else (16, 64, 8, 1)
     if kernel.endswith("_backward_phi"):
@@ -87,9 +105,12 @@ _SLICE = 256
 def one_launch(maps: Maps, channels: int, dtype: torch.dtype, tokens: int, target: Target) -> bool:
     """Whether a state is still in the caches when one kernel reads it for the second time.
 
-    It also takes enough tokens for a program on every processor.
+    It also takes enough tokens for a program on every processor, which is all that a single pass
+    asks for.
     """
     block = _block(maps.prefix, maps)[0]
+    if maps.given:
+        return tokens >= block * target.units
     state = maps.streams * channels * dtype.itemsize
     at_once = block * _PROGRAMS * target.units * state
     return tokens >= block * target.units and at_once <= 0.8 * target.cache

@@ -7,9 +7,10 @@ is for). The tests count the same numbers in the interpreter. See `mhc_compile.k
 
 from dataclasses import dataclass
 
-from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 from mhc_compile.kernels.traffic import least_rows
 from mhc_compile.kernels.triton.emit import kernels
+from mhc_compile.kernels.triton.emit_replay import replay_name
 from mhc_compile.kernels.triton.text import Kernel
 
 _STATES = ("X", "Y", "DX", "DY", "DX_MORE")
@@ -20,13 +21,22 @@ _FORMS = {
         "static_pre_backward",
     ),
     "pre_backward, more": ("pre_backward_maps pre_more_backward_streams pre_backward_phi",),
+    "pre_backward_dz": ("pre_backward_maps pre_backward_streams",),
+    "phi_backward": ("pre_backward_phi",),
     "post": ("post",),
     "post_backward": ("post_backward",),
+    "post_backward_branch": ("post_backward_branch",),
+    "post_backward_state": ("post_backward_state",),
     "seam": ("seam", "seam_scan pre_mix", "static_seam"),
     "seam_backward": (
         "seam_backward_maps seam_backward_streams seam_backward_phi",
         "static_seam_backward",
     ),
+    "read": ("read_streams", "static_pre"),
+    "read_backward": ("read_streams_backward", "static_pre_backward"),
+    "seam_backward_dz": ("seam_backward_maps seam_backward_streams",),
+    "phi_backward, seam": ("seam_backward_phi",),
+    "replay": (replay_name(REPLAYED, REPLAYED + 1),),
     "collapse": ("collapse_mean", "collapse_sum"),
     "learned collapse": ("head", "head_scan head_mix", "static_pre"),
     "learned collapse backward": (  # z and 1/r are made again
@@ -55,13 +65,28 @@ def forms(spec: SiteSpec) -> list[Form]:
     known, least = kernels(spec), least_rows(spec.streams)
     found = []
     for op, texts in _FORMS.items():
-        for names in map(str.split, texts):
+        if not _is_for(op, spec):
+            continue
+        for text in texts:
+            names = [
+                name
+                for name in text.split()
+                # In a single pass these touch no streams.
+                if not (spec.single_pass and name.endswith(("_backward_maps", "_mix")))
+            ]
             if all(name in known for name in names):
                 rows = sum(kernel_rows(known[name], spec.streams) for name in names)
                 found.append(Form(op=op, kernels=tuple(names), rows=rows, least=least[op]))
     return found
 
 
+def _is_for(op: str, spec: SiteSpec) -> bool:
+    """Whether sites of this kind have an op: single passes read otherwise, and are not parted."""
+    if not spec.single_pass:
+        return not op.startswith("read")
+    return not op.startswith(("learned", "phi_backward")) and not op.endswith("_dz")
+
+
 def kernel_rows(kernel: Kernel, streams: int) -> int:
     """Rows per token of one kernel's stream arguments."""
-    return sum(streams if name in _STATES else 1 for name in kernel.streams)
+    return sum(streams if name.rstrip("0123456789") in _STATES else 1 for name in kernel.streams)

@@ -219,14 +219,16 @@ def example_of(placeholder: Node) -> Any:
     return placeholder.meta["grapharg"].example
 
 
-def fake_like(example: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+def fake_like(
+    example: torch.Tensor, shape: Sequence[Any], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """A fake input of ``shape`` for the compilation that is under way, otherwise like ``example``.
 
     Dynamo changes its fake mode between capture and backend; AOTAutograd wants the later one.
     """
     mode = torch._guards.detect_fake_mode() or example.fake_mode  # type: ignore[attr-defined]
     with mode:
-        made = torch.empty(shape, dtype=example.dtype, device=example.device)
+        made = torch.empty(shape, dtype=dtype or example.dtype, device=example.device)
     return made.requires_grad_(example.requires_grad)
 
 

@@ -16,7 +16,8 @@ class Lowering:
     """Changes that graphs of AOTAutograd go through before they run, or Inductor compiles them."""
 
     run: Callable[[str, GraphModule], bool]
-    """Changes a graph, of phase "fw" or "bw", in place; returns whether the order is to stay."""
+    """Changes a graph in place, of phase "joint" before it is cut in two, then "fw" and "bw";
+    returns whether the order is to stay."""
     key: str
     """Settings that the result depends on; part of Inductor's cache key."""
     files: tuple[str, ...]
@@ -44,8 +45,12 @@ def compile_inductor(
 
     patches: dict[str, Any] = list_mode_options(mode) if mode else {}
     if lowering is not None:
-        own = get_custom_graph_passes(config.post_grad_custom_post_pass)
-        patches["post_grad_custom_post_pass"] = (*own, _last_pass(lowering))
+        for place, phase in (
+            ("joint_custom_post_pass", "joint"),
+            ("post_grad_custom_post_pass", None),
+        ):
+            own = get_custom_graph_passes(getattr(config, place))
+            patches[place] = (*own, _last_pass(lowering, phase))
         # What is patched returns to its value behind each graph, whatever a pass makes of it.
         patches.setdefault("reorder_for_peak_memory", config.reorder_for_peak_memory)
         if lowering.side_stream:
@@ -55,8 +60,8 @@ def compile_inductor(
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
-def _last_pass(lowering: Lowering) -> Any:
-    """``lowering`` in the place that Inductor has for graph passes of others."""
+def _last_pass(lowering: Lowering, phase: str | None) -> Any:
+    """``lowering`` in a place that Inductor has for graph passes of others; None is fw or bw."""
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -64,7 +69,7 @@ def _last_pass(lowering: Lowering) -> Any:
         def __call__(self, graph: Graph) -> None:
             module = graph.owning_module
             assert module is not None
-            if lowering.run(_phase(), module):
+            if lowering.run(phase or _phase(), module):
                 config.reorder_for_peak_memory = False  # it might undo the order
 
         def uuid(self) -> Any:
@@ -83,19 +88,23 @@ def compile_aot_eager(
     Args:
         gm: the graph.
         inputs: its example inputs.
-        lowering: what happens to the forward and to the backward graph.
+        lowering: what happens to the graph of both directions, then to the forward and to the
+            backward one.
     """
     from torch._functorch.compilers import nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        if lowering is not None:
+            lowering.run("joint", joint)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
     def compiler(traced: GraphModule, traced_inputs: Sequence[Any]) -> Any:
         if lowering is not None:
             lowering.run(_phase(), traced)
         return nop(traced, traced_inputs)
 
-    return aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)(
-        gm, inputs
-    )
+    return aot_autograd(fw_compiler=compiler, partition_fn=partition)(gm, inputs)
 
 
 def _phase() -> str:
@@ -116,14 +125,25 @@ def schedules_collectives() -> bool:
 
 
 def trace_autograd(
-    gm: GraphModule, inputs: Sequence[Any], see: Callable[[str, GraphModule], None]
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    see: Callable[[str, GraphModule], None],
+    prepare: Callable[[GraphModule], object],
 ) -> None:
-    """Show what AOTAutograd makes of a graph: "joint", "fw" and "bw"; without gradients "fw"."""
+    """Show what AOTAutograd makes of a graph: "joint", "fw" and "bw"; without gradients "fw".
+
+    Args:
+        gm: the graph.
+        inputs: its example inputs.
+        see: gets a phase and its graph.
+        prepare: changes the joint graph, when it has been seen and before it is cut in two.
+    """
     from torch._functorch.compilers import nop
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def partition(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        see("joint", joint)  # the partitioner changes it
+        see("joint", joint)
+        prepare(joint)
         forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
         see("fw", forward)
         see("bw", backward)

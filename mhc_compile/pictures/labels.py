@@ -58,7 +58,11 @@ def lines_of(role: Role, nodes: Sequence[Node], parts: Sequence[str], site: str)
         case "seam":
             return (f"mhc.seam  {site}", "post, and pre of the next")
         case "collapse":
-            return (f"mhc.collapse  {first.args[4]}",)
+            return (
+                ("mhc.read  H_pre X",)
+                if op_name(first) == "mhc.read"
+                else (f"mhc.collapse  {first.args[4]}",)
+            )
     names = [part or op_name(n) for n, part in zip(nodes, parts, strict=True)]
     worth = [name for name in dict.fromkeys(names) if name not in TRIVIAL] or names[-1:]
     label = _clip(worth[0]) if len(worth) == 1 else in_a_row(worth)

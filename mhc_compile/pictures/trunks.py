@@ -19,6 +19,7 @@ _OPS: dict[str, Role] = {
     "mhc.post": "post",
     "mhc.seam": "seam",
     "mhc.collapse": "collapse",
+    "mhc.read": "collapse",
 }
 _STATE_OUTPUT: frozenset[Role] = frozenset({"expand", "post", "seam"})
 

@@ -127,11 +127,13 @@ def named_gradients(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
 
 
-def train_alone(model: nn.Module, forward: Callable[[Tensor], Tensor], steps: int = STEPS) -> Trace:
+def train_alone(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], steps: int = STEPS, size: int = 4
+) -> Trace:
     """Train on whole batches, on one process."""
     trace, optimizer = Trace(), torch.optim.SGD(model.parameters(), RATE)
     for step in range(steps):
-        tokens, targets = batch(step)
+        tokens, targets = batch(step, size)
         optimizer.zero_grad()
         loss = loss_of(forward(tokens), targets)
         loss.backward()

@@ -70,6 +70,11 @@ def _alone() -> Trace:
     return trace
 
 
+def _mesh() -> DeviceMesh:
+    """All ranks in one dimension."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def _full(gradients: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(name, g.full_tensor() if isinstance(g, DTensor) else g) for name, g in gradients]
 
@@ -88,7 +93,7 @@ def _train(job: Job) -> Trace:
 def ddp(rank: int) -> Distance:
     """DDP without its graph cut (tests/distributed/test_wrappers.py has the refusal of the cut)."""
     del rank
-    expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
+    expected, mesh, model = _alone(), _mesh(), fresh()
     torch._dynamo.config.optimize_ddp = False
     wrapped = DistributedDataParallel(model)
     return _train(Job(model, compiled(wrapped, "aot_eager"), data=mesh)).distance(expected)
@@ -102,7 +107,7 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def fsdp_job(*, whole: bool = False) -> Job:
     """FSDP2 around each layer, over all ranks; compiled as a whole or layer by layer."""
-    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), fresh()
+    mesh, model = _mesh(), fresh()
     _shard(model, mesh)
     if whole:
         return Job(model, compiled(model, "aot_eager"), data=mesh)
@@ -144,7 +149,7 @@ def _plan(*, sequence: bool, local: bool = True) -> dict[str, ParallelStyle]:
 def tensor_parallel(rank: int) -> Distance:
     """A plan for the branches alone: every rank mixes all streams of all tokens."""
     del rank
-    expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
+    expected, mesh, model = _alone(), _mesh(), fresh()
     parallelize_module(model, mesh, _plan(sequence=False))
     return _train(Job(model, compiled(model, "aot_eager"))).distance(expected)
 
@@ -152,7 +157,7 @@ def tensor_parallel(rank: int) -> Distance:
 def sequence_parallel(rank: int, summed: bool = True, inner: str = "aot_eager") -> Distance:
     """The trunk is split by tokens; ``summed`` says whether mhc gradients are, as they must be."""
     del rank
-    expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
+    expected, mesh, model = _alone(), _mesh(), fresh()
     parallelize_module(model, mesh, _plan(sequence=True))
     job = Job(model, compiled(model, inner), sequence=mesh if summed else None)
     return _train(job).distance(expected)
@@ -161,7 +166,7 @@ def sequence_parallel(rank: int, summed: bool = True, inner: str = "aot_eager") 
 def dtensor_trunk(rank: int) -> Distance:
     """The trunk and the mhc parameters are DTensors: DTensor sums the gradients by itself."""
     del rank
-    expected, mesh, model = _alone(), init_device_mesh("cpu", (2,)), fresh()
+    expected, mesh, model = _alone(), _mesh(), fresh()
     parallelize_module(model, mesh, _plan(sequence=True, local=False))
     replicate_parameters_(model, mesh)
     return _train(Job(model, compiled(model, "aot_eager"))).distance(expected)

@@ -28,6 +28,7 @@ from tests.distributed.models import (
 from tests.nets import compiled
 
 MICROBATCHES = 4
+"""At least; DualPipeV wants as many as there are stages. Each is of one sequence."""
 SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
@@ -44,14 +45,14 @@ def _held(schedule: str, rank: int, world: int) -> list[int]:
 
 
 def train(rank: int, schedule: str, compiled_stages: bool = False) -> dict[str, float]:
-    """Train a pipeline of two ranks; how far it is from one process."""
+    """Train a pipeline over all ranks; how far it is from one process."""
     world = dist.get_world_size()
     held = _held(schedule, rank, world)
     count = world * len(held)
-    model = fresh(count)  # a layer for each stage
-    expected = train_alone(model, compiled(model, "eager"))
+    model, microbatches = fresh(count), max(MICROBATCHES, count)  # a layer for each stage
+    expected = train_alone(model, compiled(model, "eager"), size=microbatches)
     torch.compiler.reset()
-    split = split_stages(fresh(count), batch(0)[0].chunk(MICROBATCHES)[0], stages=count)
+    split = split_stages(fresh(count), batch(0, 1)[0], stages=count)
     parts = [split.stages[number] for number in held]
     if compiled_stages:
         # Schedules with a V go through the backward of a stage twice: what it keeps must last.
@@ -63,23 +64,22 @@ def train(rank: int, schedule: str, compiled_stages: bool = False) -> dict[str, 
         for part, number in zip(parts, held, strict=True)
     ]
     kind = SCHEDULES[schedule]
-    plan = kind(stages if len(stages) > 1 else stages[0], MICROBATCHES, loss_fn=loss_of)
-    parameters = [p for part in parts for p in part.parameters()]
-    return _train(plan, parts, torch.optim.SGD(parameters, RATE), held, split.stages).distance(
-        expected
-    )
+    plan = kind(stages if len(stages) > 1 else stages[0], microbatches, loss_fn=loss_of)
+    found = _train(plan, parts, held, len(split.stages), microbatches)
+    return found.distance(expected)
 
 
 def _train(
     plan: Any,
     parts: Sequence[torch.nn.Module],
-    optimizer: torch.optim.Optimizer,
     held: Sequence[int],
-    stages: Sequence[object],
+    stages: int,
+    size: int,
 ) -> Trace:
-    trace, has_loss = Trace(), len(stages) - 1 in held
+    trace, has_loss = Trace(), stages - 1 in held
+    optimizer = torch.optim.SGD([p for part in parts for p in part.parameters()], RATE)
     for step in range(STEPS):
-        tokens, targets = batch(step)
+        tokens, targets = batch(step, size)
         optimizer.zero_grad()
         losses: list[torch.Tensor] = []
         inputs = (tokens,) if 0 in held else ()

@@ -16,6 +16,8 @@ CASES: dict[str, dict[str, Any]] = {
     "channels first": {"dim": -3},
     "static": {"dynamic": False},
     "no mixing": {"constraint": "identity"},
+    "single pass": {"single_pass": True},
+    "single pass, static": {"single_pass": True, "dynamic": False},
 }
 
 
@@ -25,10 +27,15 @@ def _parameters(spec: SiteSpec, made: dict[str, Tensor]) -> list[Tensor | None]:
 
 
 def _network(x: Tensor, f: Tensor, site: list[Any], head: list[Any], spec: SiteSpec) -> Tensor:
-    """Every op once: expand, pre, seam, post, collapse."""
+    """Every op that a kind of site has: expand, pre, seam, post, collapse or read."""
     ops, text = torch.ops.mhc, spec.encode()
     X = ops.expand(x, spec.streams, spec.dim)
     u, h_post, h_res, _ = ops.pre(X, *site, text)
+    if spec.single_pass:
+        X, u, h_post, h_res, _ = ops.seam(X, torch.tanh(u) * f, h_post, h_res, *site, text)
+        X = ops.post(X, torch.sin(u), h_post, h_res, text)
+        u, h_post, h_res, _ = ops.pre(X, *site, text, h_post)
+        return ops.read(ops.post(X, torch.sin(u), h_post, h_res, text), h_post, text)
     X, u, h_post, h_res, _ = ops.seam(X, torch.tanh(u) * f, h_post, h_res, *site, text)
     X = ops.post(X, torch.sin(u), h_post, h_res, text)
     return ops.collapse(X, *head, "learned", text) + ops.collapse(X, None, None, None, "mean", text)
@@ -55,7 +62,7 @@ def distances(rank: int, case: str) -> list[float]:
     x, f = torch.randn(shape), torch.randn(shape)
     parameters = [
         *_parameters(spec, initial_parameters(spec, 8)),
-        *_parameters(spec, initial_head(spec, 8)),
+        *_parameters(spec, {} if spec.single_pass else initial_head(spec, 8)),
     ]
     leaves = [x, f, *parameters]
     whole = _run([None if leaf is None else leaf.clone() for leaf in leaves], spec)

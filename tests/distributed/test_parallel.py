@@ -1,5 +1,6 @@
 """A converted model trains on several ranks as on one: DDP, FSDP2, tensor parallelism and both."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -20,15 +21,22 @@ def _assert_alike(found: dict[str, Any]) -> None:
         assert found["gradient"] <= _BOUND
 
 
+_SCENARIOS = (
+    parallel.sequence_parallel,
+    parallel.ddp,
+    parallel.tensor_parallel,
+    parallel.dtensor_trunk,
+    parallel.fsdp,
+    parallel.tensor_parallel_and_fsdp,
+)
+_QUICK = (2, parallel.sequence_parallel)
+
+
 @pytest.mark.parametrize(
     ("world", "scenario"),
     [
-        (2, parallel.sequence_parallel),
-        pytest.param(2, parallel.ddp, marks=pytest.mark.slow),
-        pytest.param(2, parallel.tensor_parallel, marks=pytest.mark.slow),
-        pytest.param(2, parallel.dtensor_trunk, marks=pytest.mark.slow),
-        pytest.param(2, parallel.fsdp, marks=pytest.mark.slow),
-        pytest.param(4, parallel.tensor_parallel_and_fsdp, marks=pytest.mark.slow),
+        pytest.param(*case, marks=() if case == _QUICK else pytest.mark.slow)
+        for case in itertools.product((2, 4), _SCENARIOS)
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

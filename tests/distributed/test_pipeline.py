@@ -1,4 +1,6 @@
-"""A converted model cut into stages trains on two ranks as on one, under each schedule."""
+"""A converted model cut into stages trains on 2 and 4 ranks as on one, under each schedule."""
+
+import itertools
 
 import pytest
 
@@ -7,19 +9,16 @@ from tests.distributed.ranks import on_ranks
 
 
 @pytest.mark.parametrize(
-    ("schedule", "compiled"),
+    ("world", "schedule", "compiled"),
     [
-        ("1f1b", False),
-        pytest.param("1f1b", True, marks=pytest.mark.slow),
-        pytest.param("interleaved", False, marks=pytest.mark.slow),
-        pytest.param("zbv", False, marks=pytest.mark.slow),
-        pytest.param("zbv", True, marks=pytest.mark.slow),
-        pytest.param("dualpipev", False, marks=pytest.mark.slow),
-        pytest.param("dualpipev", True, marks=pytest.mark.slow),
+        pytest.param(*case, marks=() if case == (2, "1f1b", False) else pytest.mark.slow)
+        for case in itertools.product((2, 4), pipelines.SCHEDULES, (False, True))
     ],
 )
-def test_losses_and_all_gradients_are_those_of_one_process(schedule: str, compiled: bool) -> None:
-    found = on_ranks(2, pipelines.train, schedule, compiled)
+def test_losses_and_all_gradients_are_those_of_one_process(
+    world: int, schedule: str, compiled: bool
+) -> None:
+    found = on_ranks(world, pipelines.train, schedule, compiled)
     assert sum(rank["covered"] for rank in found) == 1
     for rank in found:
         assert rank["loss"] <= 1e-6

@@ -6,7 +6,9 @@ constexpr bool SITE = true, DYNAMIC = true;
 constexpr int M = 15;  // logits: pre 3, post 3, res 9
 constexpr int GROUPS = 3;  // scales of logits
 constexpr int S = 1;  // norms, and projected rows, per token
+constexpr int WORK = 20;  // stride of dz
 constexpr bool MIXES = true;
+constexpr int GATES = 3;  // numbers of a token in h_post: H_post
 constexpr float NORM_EPS = 1e-06f;
 
 INLINE vec bounded(vec hidden) { return hidden; }

@@ -140,6 +140,36 @@ def test_a_learned_collapse_projects_n_columns_and_its_backward_makes_them_again
     assert node_flops(only(gm, OPS.collapse_backward.default)) == 3 * once
 
 
+def flops(op: Any, *args: Any) -> int:
+    def run(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return op(*(next(given) if isinstance(arg, Tensor) else arg for arg in args))
+
+    return node_flops(only(make_fx(run)(*(arg for arg in args if isinstance(arg, Tensor))), op))
+
+
+def test_the_parts_of_a_backward_count_what_the_whole_does() -> None:
+    spec, (X, phi, bias, alpha) = SiteSpec(streams=2, kernels="reference"), site(2, 8, 5)
+    text, f = spec.encode(), torch.randn(1, 5, 8)
+    u, *mappings, saved = OPS.pre(X, phi, bias, alpha, text)
+    of_pre = (u, *mappings, X, phi, bias, alpha, saved, text)
+    of_seam = (X, u, *mappings, X, f, *mappings, phi, bias, alpha, saved, text)
+    dz = OPS.pre_backward_dz(*of_pre)[1]
+    none = (None, None, None)
+    projection = flops(OPS.phi_backward.default, dz, X, *none, phi, text)
+    again = flops(OPS.phi_backward.default, dz, X, f, *mappings, phi, text) - projection
+    assert projection == 2 * 5 * phi.numel()
+    assert again == flops(OPS.post.default, X, f, *mappings, text)
+    for whole, part, args in (
+        (OPS.pre_backward, OPS.pre_backward_dz, of_pre),
+        (OPS.seam_backward, OPS.seam_backward_dz, of_seam),
+    ):
+        assert flops(whole.default, *args) - flops(part.default, *args) == projection
+    branch = flops(OPS.post_backward_branch.default, X, mappings[0], torch.float32, text)
+    state = flops(OPS.post_backward_state.default, X, X, f, *mappings, text)
+    assert branch + state == flops(OPS.post_backward.default, X, X, f, *mappings, text)
+
+
 def test_a_backward_that_adds_another_gradient_counts_like_one_that_does_not() -> None:
     spec, (state, phi, bias, alpha) = SiteSpec(streams=2, kernels="reference"), site(2, 8, 5)
     u, *mappings, saved = OPS.pre(state, phi, bias, alpha, spec.encode())

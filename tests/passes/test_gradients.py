@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile.kernels.spec import SiteSpec
@@ -59,6 +59,28 @@ def names(gm: GraphModule) -> list[str]:
 def taken_in(gm: GraphModule) -> list[bool]:
     calls = gm.graph.find_nodes(op="call_function", target=OPS.pre_backward.default)
     return [len(call.args) == 10 for call in calls]
+
+
+def test_a_single_pass_takes_it_in_beside_its_gates() -> None:
+    spec = SiteSpec(streams=2, iters=3, kernels="reference", single_pass=True).encode()
+
+    def step(X: Tensor, *parameters: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (X, *parameters)]
+        state, gates = leaves[0].sin(), leaves[0].sum(-1).repeat(1, 2)
+        u, h_post, h_res, _ = OPS.pre(state, *leaves[1:4], spec, gates)
+        end = OPS.post(state, (u @ leaves[4]).tanh(), h_post, h_res, spec)
+        return list(torch.autograd.grad(OPS.read(end, h_post, spec).square().sum(), leaves))
+
+    args = arguments()
+    gm = make_fx(step, tracing_mode="fake")(*args)
+    (call,) = gm.graph.find_nodes(op="call_function", target=OPS.pre_backward.default)
+    expected, gates = gm(*args), call.args[10]
+    assert call.args[9] is None
+    assert run(gm)
+    assert isinstance(call.args[9], Node)
+    assert call.args[10] is gates
+    torch.testing.assert_close(gm(*args), expected, rtol=1e-12, atol=1e-12)
+    assert not run(gm)
 
 
 @pytest.mark.parametrize("sites", [1, 3])

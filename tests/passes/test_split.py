@@ -139,6 +139,12 @@ def test_a_collective_that_is_not_on_the_way_of_the_branch_splits_nothing() -> N
     assert sites(gm) == ["mhc.pre", "mhc.post"]
 
 
+def test_a_single_pass_stays_whole() -> None:
+    gm = lowered(SiteSpec(streams=2, single_pass=True))
+    assert sites(gm) == WHOLE
+    assert not split(gm)
+
+
 def test_the_estimate_decides() -> None:
     def decision(device: Any, tokens: int = 2048) -> bool:
         return split(lowered(SiteSpec(streams=4), tokens=tokens), device)

@@ -206,6 +206,9 @@ def test_a_pre_that_was_not_joined_goes_with_its_post_and_the_sum_of_gradients_t
 def test_what_a_backward_makes_again_goes_to_the_side_whatever_it_follows() -> None:
     found = lowered(transformer(), recompute=2)
     again = [name for name in side(found["bw"]) if not name.endswith("_backward")]
+    assert again.count("replay") == 2
+    found = lowered(transformer(), recompute=2, skip_passes=("keep_mappings_pass",))
+    again = [name for name in side(found["bw"]) if not name.endswith("_backward")]
     assert again.count("seam") == 2
     assert again.count("pre") == 2
     kernels = [op_name(n) for n in found["bw"].graph.nodes if op_name(n) == "mhc.seam"]

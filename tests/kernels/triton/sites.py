@@ -7,7 +7,7 @@ import torch
 
 from mhc_compile.kernels.constraints import CONSTRAINTS, constraint_of
 from mhc_compile.kernels.ops_pre import coefficient_shapes
-from mhc_compile.kernels.reference import collapse_ref, post_ref, pre_ref
+from mhc_compile.kernels.reference import collapse_ref, post_ref, pre_ref, read_ref
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch
 
@@ -35,7 +35,9 @@ class Seam:
         return self.X, self.f, self.h_post, self.h_res, self.phi, self.bias, self.alpha
 
 
-def make_spec(constraint: str, n: int, *, dynamic: bool = True, iters: int = 3) -> SiteSpec:
+def make_spec(
+    constraint: str, n: int, *, dynamic: bool = True, iters: int = 3, single_pass: bool = False
+) -> SiteSpec:
     """A site with three epsilons that are different, and large enough for a mix-up to show."""
     eps = 2e-3 if CONSTRAINTS[constraint].default_eps else 0.0
     return SiteSpec(
@@ -46,6 +48,7 @@ def make_spec(constraint: str, n: int, *, dynamic: bool = True, iters: int = 3) 
         pre_eps=2.5 * eps,
         norm_eps=1e-2,
         dynamic=dynamic,
+        single_pass=single_pass,
     )
 
 
@@ -74,13 +77,13 @@ def make_seam(
         spec,
         make(tokens, n, channels, of=dtype),
         make(tokens, channels, of=dtype),
-        make(*lead, n),
+        make(*lead, spec.gates),
         h_res(),
         phi / (n * channels) ** 0.5 if spec.dynamic else None,
         make(width) * logits,
         make(3) if spec.dynamic else None,
-        (make(tokens, n, channels, of=dtype), make(tokens, channels, of=dtype), make(*lead, n),
-         h_res()),
+        (make(tokens, n, channels, of=dtype), make(tokens, channels, of=dtype),
+         make(*lead, spec.gates), h_res()),
     )  # fmt: skip
 
 
@@ -102,11 +105,31 @@ def run_halves(seam: Seam) -> Results:
     out = launch.post(seam.X, seam.f, *mappings, seam.spec)
     shapes = coefficient_shapes(seam.X, seam.spec)
     parameters = (seam.phi, seam.bias, seam.alpha)
-    u, h_post, h_res, saved = launch.pre(out, *parameters, seam.spec, shapes)
+    gates = seam.h_post if seam.spec.single_pass else None
+    u, h_post, h_res, saved = launch.pre(out, *parameters, seam.spec, shapes, gates)
     d_next, *inner = seam.grads
-    d_out, *grads = launch.pre_backward(*inner, out, *parameters, saved, seam.spec, d_next)
-    outer = launch.post_backward(d_out, seam.X, seam.f, *mappings, seam.spec)
-    return _named(seam, [out, u, h_post, h_res, *outer, *grads])
+    given = (*inner, out, *parameters, saved, seam.spec, d_next)
+    d_out, *grads, dgates = launch.pre_backward(*given, gates=gates)
+    dX, df, dh_post, dh_res = launch.post_backward(d_out, seam.X, seam.f, *mappings, seam.spec)
+    if gates is not None:
+        assert not dh_post[..., : gates.shape[-1] // 2].any()
+        dh_post = dh_post + dgates
+    return _named(seam, [out, u, h_post, h_res, dX, df, dh_post, dh_res, *grads])
+
+
+def run_read(seam: Seam) -> Results:
+    """``mhc::read`` of the state by the gates, and its gradients."""
+    u = launch.read(seam.X, seam.h_post, seam.spec)
+    dX, dgates = launch.read_backward(seam.grads[1], seam.X, seam.h_post, seam.spec)
+    return {"u": u, "dX": dX, "dh_post": dgates}
+
+
+def exact_read(seam: Seam) -> Results:
+    """The same in float64."""
+    wide = [t.double().requires_grad_() for t in (seam.X, seam.h_post)]
+    u = read_ref(wide[0], wide[1], seam.spec)
+    dX, dgates = torch.autograd.grad(u, wide, seam.grads[1].double())
+    return {"u": u.detach(), "dX": dX, "dh_post": dgates}
 
 
 def exact_seam(seam: Seam, dtype: torch.dtype = torch.float64) -> Results:
@@ -114,7 +137,8 @@ def exact_seam(seam: Seam, dtype: torch.dtype = torch.float64) -> Results:
     wide = [None if t is None else t.detach().to(dtype).requires_grad_() for t in seam.given]
     X, f, h_post, h_res, phi, bias, alpha = wide
     out = post_ref(X, f, h_post, h_res, seam.spec)
-    outputs = (out, *pre_ref(out, phi, bias, alpha, seam.spec))
+    gates = h_post if seam.spec.single_pass else None
+    outputs = (out, *pre_ref(out, phi, bias, alpha, seam.spec, gates))
     flowing = [
         (o, g.to(dtype)) for o, g in zip(outputs, seam.grads, strict=True) if o.requires_grad
     ]

@@ -95,6 +95,41 @@ def test_post_and_pre_apart_follow_float64(name: str) -> None:
     check(run_halves(seam), exact_seam(seam))
 
 
+@pytest.mark.parametrize("name", ["identity", "none"])
+def test_the_backward_in_parts_gives_the_bits_of_the_whole(name: str) -> None:
+    seam = make_seam(make_spec(name, 2), 19, 48)
+    spec, (X, f, h_post, h_res, phi, bias, alpha) = seam.spec, seam.given
+    assert phi is not None
+    saved, (_, *inner) = seam_outputs(seam)[-1], seam.grads
+    wholes = (
+        launch.seam_backward(*seam.grads, *seam.given, saved, spec),
+        launch.pre_backward(*inner, X, phi, bias, alpha, saved, spec),
+    )
+    parts = (
+        launch.seam_backward(*seam.grads, *seam.given, saved, spec, with_dz=True),
+        launch.pre_backward(*inner, X, phi, bias, alpha, saved, spec, with_dz=True),
+    )
+    for whole, part, before in zip(
+        wholes, parts, ((f, h_post, h_res), (None, None, None)), strict=True
+    ):
+        *others, dz, dbias, dalpha = part
+        dphi = launch.phi_backward(dz, X, *before, phi, spec)
+        assert all(map(torch.equal, whole, (*others, dphi, dbias, dalpha)))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", ["sinkhorn", "identity"])
+def test_the_backward_of_post_in_parts_gives_the_bits_of_the_whole(
+    name: str, dynamic: bool
+) -> None:
+    seam = make_seam(make_spec(name, 3, dynamic=dynamic), 19, 129)
+    given = (seam.grads[0], seam.X, seam.f, seam.h_post, seam.h_res, seam.spec)
+    dX, df, *mappings = launch.post_backward(*given)
+    alone = launch.post_backward_branch(seam.grads[0], seam.h_post, torch.float32, seam.spec)
+    assert torch.equal(alone, df)
+    assert all(map(torch.equal, launch.post_backward_state(*given), (dX, *mappings)))
+
+
 @pytest.mark.parametrize(("name", "n"), [("sinkhorn", 3), ("none", 2), ("identity", 2)])
 def test_static_sites_follow_float64(name: str, n: int) -> None:
     seam = make_seam(make_spec(name, n, dynamic=False), 9, 48)
