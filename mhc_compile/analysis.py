@@ -1,6 +1,6 @@
 """Look at one captured graph: its sites, who keeps them, and what would be rewritten."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -8,15 +8,25 @@ from torch import nn
 from torch.fx import GraphModule
 
 from mhc_compile.config import FORM, MHCConfig
-from mhc_compile.hosts import HostedSite, Resolve, erase_markers, hosted_sites, marked_calls
+from mhc_compile.hosts import (
+    HostedSite,
+    MarkedCall,
+    NumberOf,
+    Resolve,
+    erase_markers,
+    hosted_sites,
+    marked_calls,
+)
 from mhc_compile.passes.chains import Chain
 from mhc_compile.passes.origins import part_origins
+from mhc_compile.passes.outside import Ask
 from mhc_compile.passes.plan import Plan, PlannedSite, plan_trunks
 from mhc_compile.passes.residuals import find_residuals
 from mhc_compile.passes.sites import Residuals
 from mhc_compile.pipeline import Observer, canonical_passes, run_passes
 
 Refuse = Callable[[list[HostedSite]], Mapping[int, str]]
+Starting = Callable[[], Container[int]]
 
 
 @dataclass(slots=True)
@@ -27,7 +37,7 @@ class Analysis:
     residuals: Residuals
     hosted: list[HostedSite]
     plan: Plan
-    markers: dict[tuple[int, str], nn.Module] = field(default_factory=dict)
+    calls: dict[tuple[int, str], MarkedCall] = field(default_factory=dict)
     """Calls of converted modules in this graph."""
     chains: list[Chain] = field(default_factory=list)
     """Hand-written hyper-connections: those that are mhc ops now, and those that stay."""
@@ -50,6 +60,9 @@ def analyse(
     observe: Observer | None = None,
     *,
     kernels: str = "auto",
+    ask: Ask | None = None,
+    number_of: NumberOf | None = None,
+    starting: Starting = tuple,
     single_pass: bool = False,
 ) -> Analysis:
     """Canonicalize ``gm`` in place, find its sites and plan their rewrite.
@@ -62,22 +75,25 @@ def analyse(
         refuse: given all hosted sites, the ones to leave alone and why.
         observe: sees the graph as captured ("before"), and after each change.
         kernels: what computes the ops in the place of hand-written hyper-connections.
+        ask: who knows what happened between the inputs of the graph before it ran.
+        number_of: see `hosted_sites`.
+        starting: asked after ``refuse``: indices of sites that start streams of their own.
         single_pass: as in `MHCConfig`; the plan depends on it.
     """
     if observe is not None:
         observe("before", gm)
     chains: list[Chain] = []
     run_passes(gm, (), canonical_passes(kernels, chains), observe)
-    markers = marked_calls(gm.graph, resolve)
+    calls = marked_calls(gm.graph, resolve)
     erase_markers(gm.graph)
     gm.recompile()
-    residuals = find_residuals(gm.graph)
+    residuals = find_residuals(gm.graph, ask)
     while part_origins(gm.graph, residuals):
         gm.recompile()
-        residuals = find_residuals(gm.graph)
-    hosted = hosted_sites(residuals, resolve)
-    analysis = Analysis(gm, residuals, hosted, Plan(), markers, chains, single_pass=single_pass)
-    return _planned(analysis, refuse)
+        residuals = find_residuals(gm.graph, ask)
+    hosted = hosted_sites(residuals, resolve, number_of)
+    analysis = Analysis(gm, residuals, hosted, Plan(), calls, chains, single_pass=single_pass)
+    return _planned(analysis, refuse, starting)
 
 
 def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> Analysis:
@@ -85,11 +101,15 @@ def for_hosts(analysis: Analysis, hosted: list[HostedSite], refuse: Refuse) -> A
     return _planned(replace(analysis, hosted=hosted), refuse)
 
 
-def _planned(analysis: Analysis, refuse: Refuse) -> Analysis:
+def _planned(analysis: Analysis, refuse: Refuse, starting: Starting = tuple) -> Analysis:
     refused = dict(refuse(analysis.hosted))
     refused.update({site.index: site.refusal for site in analysis.hosted if site.refusal})
     plan = plan_trunks(
-        analysis.gm.graph, analysis.residuals, refused, single_pass=analysis.single_pass
+        analysis.gm.graph,
+        analysis.residuals,
+        refused,
+        starting(),
+        single_pass=analysis.single_pass,
     )
     return replace(analysis, plan=plan)
 

@@ -27,6 +27,7 @@ from mhc_compile.awaited import await_inputs, awaited_examples
 from mhc_compile.binding import bind, lift_parameters
 from mhc_compile.borders import Borders
 from mhc_compile.config import MHCConfig
+from mhc_compile.crossings import ask_records
 from mhc_compile.dump import write_recorded
 from mhc_compile.errors import ConfigError, MHCError, MHCWarning
 from mhc_compile.hosts import resolve_by_id
@@ -119,12 +120,14 @@ def compile_frame(
         matches.refuse,
         observe,
         kernels=config.kernels,
+        ask=ask_records(frame.root),
+        starting=matches.starting,
         single_pass=config.single_pass,
     )
     examples = [example_of(node) for node in _inputs(gm)]
     if record is not None:
         record.analysed(analysis, frame, config, examples)
-    matches.check(analysis)
+    piece = matches.check(analysis)
     known = len(matches.records)
     convert_now(analysis, matches, frame, config, examples)
     is_lazy = len(matches.records) > known
@@ -145,6 +148,7 @@ def compile_frame(
     lowering = _lowering(config, recorder, record)
     compiled = borders.wrap(_lower(copy, inputs, config, mode, lowering))
     compiled = await_inputs(compiled, given_inputs)
+    compiled = piece.wrap(compiled) if piece is not None else compiled
     return watch_ends(compiled, analysis, frame) if is_lazy else compiled
 
 
@@ -194,6 +198,8 @@ def _lower(
     mode: str | None,
     lowering: Lowering | None,
 ) -> Compiled:
+    if not any(node.op.startswith("call") for node in gm.graph.nodes):
+        return gm.forward  # one end of a call that runs in pieces
     if config.inner == "inductor":
         return compile_inductor(gm, inputs, mode, lowering)
     if config.inner == "aot_eager":

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +23,15 @@ from mhc_compile._torch_private import (
     without_tracing,
 )
 from mhc_compile.analysis import Analysis, Refuse, analyse, for_hosts
+from mhc_compile.crossings import Answers, Autograd
 from mhc_compile.errors import MHCError, UnsupportedGraphError
-from mhc_compile.hosts import HostedSite, ParameterOwners, erase_markers, resolve_by_id
-from mhc_compile.match import BROKEN
+from mhc_compile.hosts import (
+    NumberOf,
+    ParameterOwners,
+    erase_markers,
+    hosts_below,
+    resolve_by_id,
+)
 
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
 _SHOWN = 400
@@ -113,18 +119,40 @@ class _Collector:
         self.parameters = ParameterOwners(model)
         self.capture = capture
         self.refuse = refuse
+        self.lines: dict[type, list[tuple[str, int]]] = defaultdict(list)
+        """By class: the lines of the sites of calls that run in pieces, as `_numbers_in` says."""
         self.single_pass = single_pass
         self.__name__ = "mhc_collector"
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         frame = Frame.current(gm)
-        copy, _ = copy_captured(gm)
+        root = frame.root  # Dynamo forgets the frame after its compilation
         self.capture.graphs += 1
-        refuse = self._refuse_in(frame)
-        resolve = resolve_by_id(frame.modules, frame.root)
-        analysis = analyse(copy, resolve, refuse, single_pass=self.single_pass)
-        analysis.is_partial = frame.is_partial
-        examples = [example_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
+        inputs = gm.graph.find_nodes(op="placeholder")
+        examples = [example_of(node) for node in inputs]
+        autograd = Autograd([node.name for node in inputs])
+        number_of, resolve = self._numbers_in(frame), resolve_by_id(frame.modules, root)
+        captured, is_partial = copy_captured(gm)[0], frame.is_partial
+        analyses: dict[Answers, Analysis] = {}
+
+        def analysis_of(args: Sequence[Any]) -> Analysis:
+            """One graph may serve sums that are sites and others that are none."""
+            answers = autograd.answers(args)
+            if answers not in analyses:
+                autograd.values = args
+                made = analyse(
+                    copy_captured(captured)[0],
+                    resolve,
+                    self.refuse,
+                    ask=autograd.ask,
+                    number_of=number_of,
+                    single_pass=self.single_pass,
+                )
+                made.is_partial = is_partial
+                analyses[autograd.answers(args)] = made
+            return analyses[autograd.answers(args)]
+
+        analysis_of(examples)
         runner, _ = copy_captured(gm)
         for module in runner.modules():
             if isinstance(module, GraphModule):
@@ -133,8 +161,11 @@ class _Collector:
 
         @without_tracing
         def run(*args: Any) -> Any:
+            analysis = analysis_of(args)
             hosted = self.parameters.hosts_for(analysis.hosted, examples, args)
-            now = analysis if hosted is None else for_hosts(analysis, hosted, refuse)
+            if hosted is None:
+                hosted = hosts_below(analysis.hosted, root, frame.running_root())
+            now = analysis if hosted is None else for_hosts(analysis, hosted, self.refuse)
             pieces = self._record(now, args)
             outputs = runner(*args)
             for piece, departure in zip(pieces, now.plan.departures, strict=True):
@@ -155,14 +186,18 @@ class _Collector:
         self.capture.pieces += pieces
         return pieces
 
-    def _refuse_in(self, frame: Frame) -> Refuse:
-        def refuse(hosted: list[HostedSite]) -> dict[int, str]:
-            refused = dict(self.refuse(hosted))
-            if frame.is_partial:
-                refused.update({site.index: BROKEN for site in hosted if site.call == ""})
-            return refused
+    def _numbers_in(self, frame: Frame) -> NumberOf | None:
+        """How sites are numbered in a call that a graph break cuts: by line, as they come."""
+        if not frame.is_partial:
+            return None
+        seen = self.lines[type(frame.root)]
 
-        return refuse
+        def number(source: str, before: int) -> int:
+            if (source, before) not in seen:
+                seen.append((source, before))
+            return seen.index((source, before))
+
+        return number
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Put hyper-connection parameters on a model, and take them off again."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,10 +11,11 @@ from torch import nn
 
 from mhc_compile._torch_private import reset_dynamo
 from mhc_compile.analysis import refuse_filtered
-from mhc_compile.capture import capture_model
+from mhc_compile.capture import Capture, capture_model
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
 from mhc_compile.guard import check_calls_, refuse_wrapped, uncheck_calls_
+from mhc_compile.hosts import HostedSite
 from mhc_compile.kernels.init import initial_head, initial_parameters
 from mhc_compile.match import SEEN, sites_of
 from mhc_compile.report import Report
@@ -38,14 +39,7 @@ def explain(model: nn.Module, *args: Any, config: MHCConfig | None = None, **kwa
     already = _conversion(model)
     config = config or (MHCConfig(**already) if already is not None else MHCConfig())
     config = select_sites(config, model, args, kwargs)
-    names = _names(model)
-    capture = capture_model(
-        model,
-        args,
-        kwargs,
-        lambda hosted: refuse_filtered(hosted, config, names),
-        single_pass=config.single_pass,
-    )
+    capture = _capture(model, args, kwargs, config, converted=already is not None)
     return build_report(model, capture, config, site_uses(capture), converted=already is not None)
 
 
@@ -54,9 +48,10 @@ def convert_(
 ) -> Report:
     """Widen a model's residual trunks to n streams, in place: adds parameters, changes no output.
 
-    Runs the model once on the example inputs to find its sites, then registers one `MHCSite` a site
-    as ``owner.mhc["add0"]`` on the module whose forward does the add. Old parameters, buffers and
-    state_dict keys stay as they are. Make optimizers, wrap (FSDP, DDP) and compile afterwards.
+    Runs the model on the example inputs, in its own and in train mode, to find its sites. Registers
+    one `MHCSite` a site as ``owner.mhc["add0"]`` on the module whose forward does the add. Old
+    parameters, buffers and state_dict keys stay as they are. Make optimizers, wrap (FSDP, DDP) and
+    compile afterwards.
 
     Args:
         model: the model; bit for bit as it was if anything fails.
@@ -82,14 +77,7 @@ def convert_(
             f"{', '.join(f'{name}={wanted[name]!r}' for name in differ)}: "
             "mhc_compile.revert_(model) takes that off"
         )
-    names = _names(model)
-    capture = capture_model(
-        model,
-        args,
-        kwargs,
-        lambda hosted: refuse_filtered(hosted, config, names),
-        single_pass=config.single_pass,
-    )
+    capture = _capture(model, args, kwargs, config, converted=already is not None)
     uses = site_uses(capture)
     if already is None:
         attach_(uses, config)
@@ -99,6 +87,49 @@ def convert_(
     else:
         _refuse_partial(uses)
     return build_report(model, capture, config, uses, converted=True)
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    config: MHCConfig,
+    *,
+    converted: bool,
+) -> Capture:
+    """The capture in the model's mode, or that in train mode if graph breaks part more there.
+
+    What is trained in one mode must compute the same in the other: where both show the same sites,
+    they are converted as the mode has them that links fewer.
+    """
+    names = _names(model)
+
+    def refuse(hosted: list[HostedSite]) -> dict[int, str]:
+        return refuse_filtered(hosted, config, names)
+
+    capture = capture_model(model, args, kwargs, refuse, single_pass=config.single_pass)
+    if model.training or converted:
+        return capture
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        other = capture_model(model.train(), args, kwargs, refuse, single_pass=config.single_pass)
+    except Exception:  # whatever the model has against training on these inputs: it need not
+        return capture
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    mine, theirs = site_uses(capture), site_uses(other)
+    same = Counter(map(_place, mine)) == Counter(map(_place, theirs))
+    return other if same and _linked(theirs) < _linked(mine) else capture
+
+
+def _place(use: SiteUse) -> tuple[int, str]:
+    return id(use.hosted.host), use.hosted.source
+
+
+def _linked(uses: Sequence[SiteUse]) -> tuple[int, int]:
+    """How many sites lie in no broken branch, and how many take over the streams of another."""
+    return sum(not use.site.crosses for use in uses), sum(use.follows for use in uses)
 
 
 def select_sites(
@@ -184,7 +215,7 @@ def attach_(uses: Sequence[SiteUse], config: MHCConfig) -> None:
     try:
         for host, sites in ready:
             done.append(host)
-            host.add_module("mhc", sites)
+            host.add_module("mhc", sites.train(host.training))
             check_calls_(host, sites.signature, config.on_eager)
     except BaseException:
         for host in done:
@@ -247,6 +278,8 @@ def _records(entry: _Owned) -> tuple[SiteRecord, ...]:
                 follows=any(u.follows for u in uses),
                 continues=any(u.continues for u in uses),
                 ends=any(not u.continues for u in uses),
+                skip_at=uses[0].site.skip_at,
+                crosses=any(u.site.crosses for u in uses),
             )
         )
     return tuple(records)

@@ -18,7 +18,7 @@ from torch.distributed.tensor.experimental import register_sharding
 import mhc_compile.kernels.sharding  # noqa: F401 - DTensor learns the ops
 from mhc_compile.convert import mhc_parameters
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
-from mhc_compile.guard import MARKER
+from mhc_compile.guard import CALL, RETURN
 from mhc_compile.match import sites_of
 from mhc_compile.site import MHCSite
 from mhc_compile.split import Cut, PipelineSplit, split_stages
@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 # The marker of a call does nothing with the parameter it is given, wherever that lies.
-register_sharding(MARKER)(lambda anchor, policy: [([], [Replicate(), None])])
+register_sharding(CALL)(lambda anchor, policy: [([], [Replicate(), None])])
+register_sharding(RETURN)(lambda anchor: [([], [Replicate()])])
 
 _OF_ONE_RANK = frozenset({"inner", "kernels", "on_eager", "recompute", "skip_passes"})
 """Settings that say how a rank computes, and not what: they may differ."""

@@ -3,7 +3,9 @@
 The user's source still adds plainly. Run eagerly (or by another backend, or past Dynamo's recompile
 limit) a converted model would be the plain network with unused parameters: plausible numbers from
 the wrong model. Each owner of sites therefore gets a generated subclass whose ``forward`` checks
-where it runs, and leaves a marker in every graph it is traced into.
+where it runs, and leaves two markers in every graph it is traced into: where the call begins and
+where it returns. A graph break inside parts them, and the call runs in pieces
+(`mhc_compile.pieces`).
 """
 
 import types
@@ -14,12 +16,14 @@ import torch
 from torch import nn
 
 from mhc_compile.errors import MHCWarning, NotCompiledError, UnsupportedGraphError
+from mhc_compile.pieces import close_call
 
 Policy = Literal["raise", "warn", "ignore"]
 _POLICIES: tuple[Policy, ...] = ("raise", "warn", "ignore")
 
 _library = torch.library.Library("mhc_compile", "DEF")  # type: ignore[no-untyped-call]
 _library.define("owner_call(Tensor anchor, int policy) -> ()")  # type: ignore[no-untyped-call]
+_library.define("owner_return(Tensor anchor) -> ()")  # type: ignore[no-untyped-call]
 
 
 def _run_marker(anchor: torch.Tensor, policy: int) -> None:
@@ -30,10 +34,16 @@ def _run_marker(anchor: torch.Tensor, policy: int) -> None:
 _library.impl(  # type: ignore[no-untyped-call]
     "owner_call", _run_marker, "CompositeExplicitAutograd"
 )
+_library.impl(  # type: ignore[no-untyped-call]
+    "owner_return", lambda anchor: close_call(), "CompositeExplicitAutograd"
+)
 torch.library.register_fake("mhc_compile::owner_call", lambda anchor, policy: None, lib=_library)
+torch.library.register_fake("mhc_compile::owner_return", lambda anchor: None, lib=_library)
 
-MARKER = torch.ops.mhc_compile.owner_call.default
-torch.fx.has_side_effect(MARKER)
+CALL = torch.ops.mhc_compile.owner_call.default
+RETURN = torch.ops.mhc_compile.owner_return.default
+torch.fx.has_side_effect(CALL)
+torch.fx.has_side_effect(RETURN)
 
 
 def _report(policy: Policy, what: str) -> None:
@@ -51,12 +61,19 @@ def _report(policy: Policy, what: str) -> None:
         warnings.warn(message, MHCWarning, stacklevel=3)
 
 
+def _anchor(self: Any) -> torch.Tensor:
+    """Some input for an operator that computes nothing."""
+    return next(iter(self.mhc.values())).bias  # type: ignore[no-any-return]
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
-        anchor = next(iter(self.mhc.values())).bias
-        torch.ops.mhc_compile.owner_call.default(anchor, self._mhc_policy)
-    else:
-        _report(_POLICIES[self._mhc_policy], "runs without the mhc backend")
+        torch.ops.mhc_compile.owner_call.default(_anchor(self), self._mhc_policy)
+        result = super(type(self)._mhc_class, self).forward(*args, **kwargs)
+        # This reads self again: after a graph break, Dynamo keeps no variable that is not read.
+        torch.ops.mhc_compile.owner_return.default(_anchor(self))
+        return result
+    _report(_POLICIES[self._mhc_policy], "runs without the mhc backend")
     return super(type(self)._mhc_class, self).forward(*args, **kwargs)
 
 

@@ -13,12 +13,19 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph
 
-from mhc_compile.guard import MARKER, refusal
+from mhc_compile.guard import CALL, RETURN, refusal
 from mhc_compile.passes.owners import ModuleCall, module_calls
 from mhc_compile.passes.sites import Residuals
 from mhc_compile.passes.values import source_line
 
+CUT = (
+    "a graph break cuts its function, and what follows the break does not use self any more: its "
+    "module is not known there. Remove the cause of the break, or let the rest use self"
+)
+
 Resolve = Callable[[ModuleCall], nn.Module | None]
+NumberOf = Callable[[str, int], int]
+"""(source line, how many sites of that line came before) -> number of the site in its host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +64,28 @@ def _host(calls: tuple[ModuleCall, ...], resolve: Resolve) -> tuple[nn.Module | 
     return None, "", reason
 
 
-def hosted_sites(residuals: Residuals, resolve: Resolve) -> list[HostedSite]:
+def hosted_sites(
+    residuals: Residuals, resolve: Resolve, number_of: NumberOf | None = None
+) -> list[HostedSite]:
     """The host and key of every site, in the order of ``residuals.sites``.
 
     Args:
         residuals: the sites of one graph.
         resolve: the module of a `ModuleCall`, or None if it is unknown.
+        number_of: numbers the sites of the frame's own call, if the graph is only a piece of it.
     """
     counts: dict[tuple[int, str], int] = defaultdict(int)
+    lines: dict[str, int] = defaultdict(int)
     hosted = []
     for index, site in enumerate(residuals.sites):
         host, call, reason = _host(module_calls(site.root), resolve)
         number = counts[id(host), call]
         counts[id(host), call] += 1
+        if number_of is not None and call == "":
+            source = source_line(site.root)
+            reason = reason and CUT
+            number = number_of(source, lines[source])
+            lines[source] += 1
         hosted.append(
             HostedSite(
                 index,
@@ -82,6 +98,27 @@ def hosted_sites(residuals: Residuals, resolve: Resolve) -> list[HostedSite]:
             )
         )
     return hosted
+
+
+def hosts_below(
+    hosted: Sequence[HostedSite], captured: nn.Module | None, running: nn.Module | None
+) -> list[HostedSite] | None:
+    """The sites with hosts below ``running`` where they were below ``captured``; None if it is.
+
+    Args:
+        hosted: as captured.
+        captured: the module whose forward the graph was captured from.
+        running: the one whose forward runs the graph now.
+    """
+    if captured is None or running is None or captured is running:
+        return None
+    paths = {id(module): path for path, module in captured.named_modules()}
+    return [
+        replace(site, host=running.get_submodule(paths[id(site.host)]))
+        if id(site.host) in paths
+        else site
+        for site in hosted
+    ]
 
 
 class ParameterOwners:
@@ -130,22 +167,33 @@ class ParameterOwners:
         return host
 
 
-def marked_calls(graph: Graph, resolve: Resolve) -> dict[tuple[int, str], nn.Module]:
+@dataclass(slots=True)
+class MarkedCall:
+    """What of one call of a converted module lies in a graph: both ends, or one."""
+
+    host: nn.Module
+    begins: bool = False
+    returns: bool = False
+
+
+def marked_calls(graph: Graph, resolve: Resolve) -> dict[tuple[int, str], MarkedCall]:
     """The calls of converted modules that ``graph`` holds whole or in part, by (id, call)."""
-    calls: dict[tuple[int, str], nn.Module] = {}
+    calls: dict[tuple[int, str], MarkedCall] = {}
     for node in graph.nodes:
-        if node.target is MARKER:
+        if node.target in (CALL, RETURN):
             call = module_calls(node)[-1]
             module = resolve(call)
             if module is not None:
-                calls[id(module), call.call] = module
+                marked = calls.setdefault((id(module), call.call), MarkedCall(module))
+                marked.begins |= node.target is CALL
+                marked.returns |= node.target is RETURN
     return calls
 
 
 def erase_markers(graph: Graph) -> None:
     """Remove every marker from a graph that is about to be rewritten, or only looked at."""
     for node in list(graph.nodes):
-        if node.target is MARKER:
+        if node.target in (CALL, RETURN):
             graph.erase_node(node)
 
 

@@ -6,7 +6,7 @@ that is refused, never compiled as something else.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,7 +15,8 @@ from torch import nn
 from mhc_compile.analysis import Analysis, refuse_filtered
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, UnsupportedGraphError
-from mhc_compile.hosts import HostedSite
+from mhc_compile.hosts import HostedSite, MarkedCall
+from mhc_compile.pieces import Piece
 from mhc_compile.site import MHCSites, SiteRecord
 
 SEEN = "_mhc_seen"
@@ -81,6 +82,10 @@ class Matches:
                     refused[site.index] = LEFT
         return refused
 
+    def starting(self) -> set[int]:
+        """Sites that no other site led to at conversion: none may lead to them here."""
+        return {index for index, record in self.records.items() if not record.follows}
+
     def _refuse_unknown(self, sites: Sequence[HostedSite]) -> dict[int, str]:
         """Sites of one call of a module without parameters: left, or new to us."""
         if self._converted:
@@ -102,44 +107,74 @@ class Matches:
         """Whether a graph break may hide other adds of the call from this graph."""
         return self._scope.is_partial and site.call == ""
 
-    def check(self, analysis: Analysis) -> None:
+    def check(self, analysis: Analysis) -> Piece | None:
         """Compare sites and records of every call of a converted module in the graph.
 
+        Returns:
+            What the graph holds of a call that a graph break cuts; None if all its calls are whole.
+
         Raises:
-            UnsupportedGraphError: a call has no marker, or its recorded sites are not all there.
+            UnsupportedGraphError: a recorded site is not there, or cannot be rewritten as recorded.
         """
-        found: dict[tuple[int, str], set[str]] = defaultdict(set)
-        hosts = dict(analysis.markers)
+        found: dict[tuple[int, str], list[str]] = defaultdict(list)
+        hosts = {key: call.host for key, call in analysis.calls.items()}
         for site in analysis.hosted:
             if site.index in self.records and site.host is not None:
                 key = (id(site.host), site.call)
                 hosts[key] = site.host
-                found[key].add(self.records[site.index].key)
-                reason = analysis.plan.left.get(site.index)
-                if reason is not None:
-                    raise UnsupportedGraphError(
-                        f"the converted site at {site.source} cannot be rewritten here: {reason}"
-                    )
+                found[key].append(self.records[site.index].key)
+                self._refuse_unlike(site, analysis)
+        collapsed = {index for index, record in self.records.items() if record.crosses}
+        analysis.plan.collapse_branches(collapsed)
+        piece = None
         for key, host in hosts.items():
             known = sites_of(host)
             expected = {r.key for r in known.records if r.converted} if known is not None else set()
-            if expected == found[key] and key in analysis.markers:
+            call = analysis.calls.get(key, MarkedCall(host))
+            if call.begins and call.returns and expected == set(found[key]):
                 continue
-            missing = ", ".join(
-                f"{r.key} ({r.source})"
-                for r in (known.records if known else ())
-                if r.key in expected - found[key]
+            is_cut = key[1] == "" and not (call.begins and call.returns)
+            if known is None or not is_cut:
+                raise UnsupportedGraphError(self._incomplete(host, expected - set(found[key])))
+            piece = Piece(
+                what=type(host).__name__,
+                signature=known.signature,
+                keys=frozenset(expected),
+                here=tuple(found[key]),
+                begins=call.begins,
+                returns=call.returns,
             )
+        return piece
+
+    def _refuse_unlike(self, site: HostedSite, analysis: Analysis) -> None:
+        """Make sure that a converted site can be rewritten here, and reads what it read before."""
+        reason = analysis.plan.left.get(site.index)
+        if reason is not None:
             raise UnsupportedGraphError(
-                f"the graph of {self._scope.where} does not hold a whole call of the converted "
-                f"{type(host).__name__}: "
-                + (f"its sites {missing} are" if missing else "its sites are there, its call is")
-                + " not. Either a graph break inside its forward cuts it (TORCH_LOGS=graph_breaks "
-                "shows it), or only a part of it was compiled, or it took another path than at "
-                "conversion (a fused one: torch.backends.mha.set_fastpath_enabled(False); that of "
-                f"{'train' if host.training else 'eval'} mode, in which it is now: convert it in "
-                "that mode). Remove the cause, or convert with exclude=(...) for these sites"
+                f"the converted site at {site.source} cannot be rewritten here: {reason}"
             )
+        if analysis.residuals.sites[site.index].crosses and not self.records[site.index].crosses:
+            raise UnsupportedGraphError(
+                f"a graph break lies in the branch of the converted site at {site.source}, where "
+                "none was at conversion: the branch would read other values than it was trained on "
+                "(TORCH_LOGS=graph_breaks shows the break). Remove its cause, or "
+                "mhc_compile.revert_(model) and convert as the model runs now, in "
+                f"{'train' if site.host is not None and site.host.training else 'eval'} mode"
+            )
+
+    def _incomplete(self, host: nn.Module, missing: Set[str]) -> str:
+        known = sites_of(host)
+        records = known.records if known is not None else ()
+        names = ", ".join(f"{r.key} ({r.source})" for r in records if r.key in missing)
+        return (
+            f"the graph of {self._scope.where} does not hold a whole call of the converted "
+            f"{type(host).__name__}: "
+            + (f"its sites {names} are" if names else "its sites are there, its call is")
+            + " not. Either only a part of it was compiled, or it took another path than at "
+            "conversion (a fused one: torch.backends.mha.set_fastpath_enabled(False); that of "
+            f"{'train' if host.training else 'eval'} mode, in which it is now: convert it in that "
+            "mode). Remove the cause, or convert with exclude=(...) for these sites"
+        )
 
 
 _AT_COMPILE = frozenset({"inner", "overlap", "recompute", "side_stream", "skip_passes"})

@@ -15,6 +15,7 @@ from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.owners import module_calls
 from mhc_compile.passes.plan import Plan, PlannedSite
 from mhc_compile.passes.reasons import ORIGIN
+from mhc_compile.passes.sites import CROSSES, ResidualSite
 from mhc_compile.passes.values import dims, dtype_of, source_line
 from mhc_compile.report import HandWritten, RejectedAdd, Report, Site, Trunk
 from mhc_compile.uses import SiteUse
@@ -24,8 +25,12 @@ _CHOICES = {
     "new ones: projecting every stream would cost n times as much",
     "slice": "the skip is cut from the mean of the streams and starts new ones: the branch reads "
     "more than this part, so that no streams of it could take its place",
+    "joined": "the skip is put together from the means of several trunks and starts new streams: "
+    "the branch reads those trunks apart",
+    CROSSES: "the branch reads the mean of the streams, with no weights of its own: a graph break "
+    "lies in it, and it begins before this site is known",
 }
-"""By form: what the rewrite does where it had a choice, and why."""
+"""By form, or by a trait that goes first: what the rewrite does where it had a choice, and why."""
 
 _SHOWN = 3
 _BEHIND = ", as far as this side of a graph break shows (see the notes)"
@@ -92,8 +97,12 @@ def _site(use: SiteUse, names: dict[int, str], config: MHCConfig, converted: boo
         reason=use.reason,
         parameters=0 if planned is None else parameter_count(spec, planned.width),
         activation_bytes=0 if planned is None else activation_bytes(planned, spec),
-        choice="" if planned is None else _CHOICES.get(use.site.form, ""),
+        choice="" if planned is None else _choice(use.site),
     )
+
+
+def _choice(site: ResidualSite) -> str:
+    return _CHOICES.get(CROSSES if site.crosses else site.form, "")
 
 
 def _trunks(
@@ -174,8 +183,9 @@ def _notes(capture: Capture) -> tuple[str, ...]:
     if capture.graphs > 1:
         notes.append(
             f"the model was captured as {capture.graphs} graphs; trunks are carried from one to "
-            "the next. A residual whose branch runs through a graph break is not seen, and the "
-            "sites of a module whose own forward is split are left"
+            "the next. A residual whose branch runs through a graph break is found by its "
+            "gradients, which a call under torch.no_grad() does not have, and not in a function "
+            "that Dynamo leaves to Python altogether (a break in a loop)"
         )
     for place, times in Counter(capture.breaks).items():
         often = f" ({times} times)" if times > 1 else ""

@@ -28,6 +28,10 @@ class SiteRecord:
     """Whether another site follows some use."""
     ends: bool
     """Whether some use is the last of its trunk: the learned collapse reads its streams."""
+    skip_at: int
+    """Position of the skip among the leaves of the sum."""
+    crosses: bool
+    """Whether a graph break lay in its branch: this then reads the collapsed streams everywhere."""
 
 
 class MHCSite(nn.Module):

@@ -24,8 +24,15 @@ from mhc_compile.passes.reasons import (
 )
 from mhc_compile.passes.sums import SumTree
 from mhc_compile.passes.values import dims, is_tensor, rank
-from mhc_compile.passes.vocabulary import ACTIVATION, BENDS, CONVOLUTION, MIXES
-from mhc_compile.passes.walks import PROJECTIONS, affine_walk, is_slice, plain_step, plain_walk
+from mhc_compile.passes.vocabulary import ACTIVATION, BENDS, CONVOLUTION, MIXES, mixes
+from mhc_compile.passes.walks import (
+    PROJECTIONS,
+    activated_walk,
+    affine_walk,
+    is_slice,
+    plain_step,
+    plain_walk,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class Parting:
     origin: Node
     skip_path: tuple[Node, ...]
     projection: bool
+    joined: bool = False
+    """Whether the skip puts several values together, of which the origin is the latest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,10 @@ def judge(index: FlowIndex, tree: SumTree) -> Parting | Failure:
     projected = _try_leaves(index, tree, affine_walk, MIXES | BENDS)
     if isinstance(projected, Parting) or projected.clause == LINEAR:
         return projected
-    return plain
+    activated = _try_leaves(index, tree, activated_walk, MIXES | BENDS)
+    if isinstance(activated, Parting) and _is_shorter(index, tree, activated):
+        return activated
+    return _try_joined(index, tree) or plain
 
 
 def _try_leaves(
@@ -80,6 +92,34 @@ def _try_leaves(
     return best or worst
 
 
+def _is_shorter(index: FlowIndex, tree: SumTree, parting: Parting) -> bool:
+    """Whether the skip mixes once and the rest more often: it is no branch among equals."""
+    others = [leaf for leaf in tree.leaves if leaf is not parting.skip]
+    below = index.between(parting.origin, others)
+    return sum(map(mixes, parting.skip_path)) == 1 < sum(map(mixes, below))
+
+
+def _try_joined(index: FlowIndex, tree: SumTree) -> Parting | None:
+    """A skip put together from values that the branch comes from, each of them by clauses 2 to 5.
+
+    ``cat([a, b]) + f(a, b)`` is the residual of the joint value, which the branch need not read in
+    this form.
+    """
+    for i, leaf in enumerate(tree.leaves):
+        walk = plain_walk(index, leaf)
+        joint = walk[-1]
+        if dims(leaf) != dims(tree.root) or op_name(joint) != "cat":
+            continue
+        others = tree.leaves[:i] + tree.leaves[i + 1 :]
+        ways = [plain_walk(index, part) for part in index.varying_inputs(joint)]
+        found = [_part(index, tree.root, way[0], others, way, MIXES) for way in ways]
+        partings = [part for part in found if isinstance(part, Parting)]
+        if partings and len(partings) == len(ways):
+            last = max(partings, key=lambda part: index.position[part.origin])
+            return Parting(leaf, last.origin, (*walk, *last.skip_path), False, joined=True)
+    return None
+
+
 def _part(
     index: FlowIndex,
     root: Node,
@@ -90,7 +130,7 @@ def _part(
 ) -> Parting | Failure:
     """Clauses 2 to 5, or 8 where ``needed`` asks for a way that bends."""
     # Another leaf can only depend on a node that something beside the walk reads.
-    hit = index.nearest(others, [node for node in walk if len(node.users) > 1])
+    hit = index.nearest(others, [node for node in walk if index.readers(node) > 1])
     if hit is None:
         return Failure(ORIGIN, origin_reason(skip))
     origin, paths = hit

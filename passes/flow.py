@@ -7,17 +7,26 @@ writes in place (``y[:, 0] = f``) gives every later reader of ``y`` the written 
 The index is built in one pass. `FlowIndex.nearest` looks upward in reverse topological order and
 stops at the first node wanted, so that a question costs as much as the part of the graph between
 its two ends, however long the graph.
+
+What a graph break hides can be told to the index: that one input of the graph was computed from
+another one before (`Outside`).
 """
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch.fx import Graph, Node
 
 from mhc_compile.passes.opnames import is_in_place, op_name
 from mhc_compile.passes.values import carries_float, is_state
 from mhc_compile.passes.vocabulary import LAYOUT, makes_constant, traits
+
+Outside = Mapping[Node, Mapping[Node, int]]
+"""Input -> earlier inputs that it was computed from, outside of the graph, and the best way there:
+an or of MIXES and BENDS."""
+NOTHING: Outside = MappingProxyType({})
 
 # A path has a kind: an or of MIXES, BENDS and, if its last node has one reader, SINGLE.
 SINGLE = 4
@@ -46,9 +55,11 @@ class Paths:
 class FlowIndex:
     """Float flow of one graph, which must not change while the index is used."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.nodes: tuple[Node, ...] = tuple(graph.nodes)
+    def __init__(self, graph: Graph, outside: Outside = NOTHING) -> None:
+        self.nodes: tuple[Node, ...] = _in_order(graph, outside)
         self.position: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
+        self._outside = outside
+        self._read_outside = frozenset(source for ways in outside.values() for source in ways)
         self._inputs: list[tuple[int, ...]] = []
         self._traits: list[int] = []
         self._varies: list[bool] = []
@@ -64,6 +75,7 @@ class FlowIndex:
             # y[0] = f has no value of its own, but passes floats on to the readers of y
             floats.append(carries_float(node if target is None else target))
             inputs = [j for j in sources if floats[j]]
+            inputs += [self.position[source] for source in outside.get(node, ())]
             while target is not None:  # a view writes through to what it looks at
                 if target in written:
                     inputs.append(written[target])
@@ -76,6 +88,10 @@ class FlowIndex:
     def inputs(self, node: Node) -> tuple[Node, ...]:
         """The nodes whose floats ``node`` reads."""
         return tuple(self.nodes[i] for i in self._inputs[self.position[node]])
+
+    def readers(self, node: Node) -> int:
+        """How many read the value; whatever reads it outside of the graph counts as one."""
+        return len(node.users) + (node in self._read_outside)
 
     def varies(self, node: Node) -> bool:
         """Whether the value depends on a model input; parameters and random masks do not."""
@@ -106,12 +122,13 @@ class FlowIndex:
             i = -heapq.heappop(heap)
             if i in goals:
                 return self.nodes[i], Paths(reached[i])
-            paths = _STEP[self._traits[i]][reached[i]]
+            ways = self._outside.get(self.nodes[i])
             for j in self._inputs[i]:
                 if j >= floor:
                     if j not in reached:
                         heapq.heappush(heap, -j)
-                    reached[j] = reached.get(j, 0) | paths
+                    kind = self._traits[i] if ways is None else ways[self.nodes[j]]
+                    reached[j] = reached.get(j, 0) | _STEP[kind][reached[i]]
         return None
 
     def between(self, start: Node, ends: Iterable[Node]) -> tuple[Node, ...]:
@@ -133,6 +150,24 @@ class FlowIndex:
     def depends(self, node: Node, on: Node) -> bool:
         """Whether ``node`` is ``on`` or depends on it."""
         return self.nearest((node,), (on,)) is not None
+
+
+def _in_order(graph: Graph, outside: Outside) -> tuple[Node, ...]:
+    """The nodes; of the inputs those first that others were computed from."""
+    nodes = tuple(graph.nodes)
+    if not outside:
+        return nodes
+    order: dict[Node, None] = {}
+
+    def place(node: Node) -> None:
+        for source in outside.get(node, ()):
+            place(source)
+        order[node] = None
+
+    for node in nodes:
+        if node.op == "placeholder":
+            place(node)
+    return (*order, *(node for node in nodes if node not in order))
 
 
 def _is_input(node: Node) -> bool:

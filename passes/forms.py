@@ -2,7 +2,8 @@
 
 Traits: ``in place``; ``alpha`` (``torch.add(x, f, alpha=a)``); ``parallel`` (two or more branches);
 ``dropout``, ``scaled branch``, ``layer scale``, ``gate`` (what ends a branch: dropout, a number, a
-constant tensor, a computed tensor that is broadcast). `nesting.settle` adds ``post-norm`` (a norm
+constant tensor, a computed tensor that is broadcast); ``graph break`` (one lies in the branch).
+`nesting.settle` adds ``post-norm`` (a norm
 on the trunk after it) and ``nested`` (inside the branch of another site).
 """
 
@@ -11,15 +12,17 @@ from torch.fx import Node
 from mhc_compile.passes.clauses import Parting
 from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.opnames import op_name
-from mhc_compile.passes.sites import ResidualSite
+from mhc_compile.passes.sites import CROSSES, ResidualSite
 from mhc_compile.passes.sums import SumTree
 from mhc_compile.passes.values import numel
 from mhc_compile.passes.vocabulary import CAST, DROPOUT, SCALE
-from mhc_compile.passes.walks import is_slice, plain_step
+from mhc_compile.passes.walks import PROJECTIONS, plain_step
 
 
-def make_site(index: FlowIndex, tree: SumTree, parting: Parting) -> ResidualSite:
-    """The site of a sum whose parting is known."""
+def make_site(
+    index: FlowIndex, tree: SumTree, parting: Parting, *, crosses: bool = False
+) -> ResidualSite:
+    """The site of a sum whose parting is known; ``crosses``: a graph break lies in its branch."""
     skip_at = tree.leaves.index(parting.skip)
     branches = tree.leaves[:skip_at] + tree.leaves[skip_at + 1 :]
     parallel = sum(index.varies(branch) for branch in branches) > 1
@@ -41,13 +44,16 @@ def make_site(index: FlowIndex, tree: SumTree, parting: Parting) -> ResidualSite
         origin=parting.origin,
         skip_path=parting.skip_path,
         form=form,
-        traits=tuple(traits),
+        traits=(*traits, CROSSES) if crosses else tuple(traits),
+        skip_at=skip_at,
     )
 
 
 def _skip_form(index: FlowIndex, parting: Parting) -> str:
+    if parting.joined:
+        return "joined"
     if parting.projection:
-        is_part = any(is_slice(node) for node in parting.skip_path)
+        is_part = not any(op_name(node) in PROJECTIONS for node in parting.skip_path)
         return "slice" if is_part else "projection"
     names = [op_name(node) for node in parting.skip_path]
     if any(name in SCALE for name in names):

@@ -7,8 +7,9 @@ stream (`mhc_compile.passes.lanes`); otherwise a new trunk starts at its origin.
 """
 
 from collections import ChainMap, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from torch.fx import Graph, Node
 
@@ -76,9 +77,20 @@ class Plan:
     dims: dict[Node, int] = field(default_factory=dict)
     """Channel axis of every value that gets an n-stream twin."""
 
+    def collapse_branches(self, indices: Container[int]) -> None:
+        """Let the branches of these sites read the collapsed streams, as after a graph break."""
+        for trunk in self.trunks:
+            trunk[:] = [replace(p, branch=frozenset()) if p.index in indices else p for p in trunk]
+        self.sites = [self.trunks[p.trunk][p.step] for p in self.sites]
+
 
 def plan_trunks(
-    graph: Graph, residuals: Residuals, refused: Mapping[int, str], *, single_pass: bool = False
+    graph: Graph,
+    residuals: Residuals,
+    refused: Mapping[int, str],
+    starting: Container[int] = (),
+    *,
+    single_pass: bool = False,
 ) -> Plan:
     """Plan the rewrite of ``graph``.
 
@@ -86,10 +98,11 @@ def plan_trunks(
         graph: canonicalized.
         residuals: what `find_residuals` says of it.
         refused: site index -> reason, for sites the caller leaves out (excluded, no owner, ...).
+        starting: sites that start streams of their own, whatever leads to them.
         single_pass: each site reads the streams by weights of the site before, token by token:
             where the trunk moves its tokens, it ends and another one starts.
     """
-    return _Planner(graph, residuals, refused, single_pass).run()
+    return _Planner(graph, residuals, refused, starting, single_pass).run()
 
 
 class _Planner:
@@ -98,9 +111,11 @@ class _Planner:
         graph: Graph,
         residuals: Residuals,
         refused: Mapping[int, str],
+        starting: Container[int],
         single_pass: bool,
     ) -> None:
         self.graph = graph
+        self.starting = starting
         self.single_pass = single_pass
         self.residuals = residuals
         self.aliases = AliasIndex(graph)
@@ -149,6 +164,13 @@ class _Planner:
             # to project each stream would cost n times as much. The branch reads the collapse.
             return self._enter(index, site, site.skip, frozenset())
         link, plan = self.residuals.links[index], self.plan
+        if index in self.starting:
+            if site.origin in plan.dims:
+                return (
+                    f"it starts streams of its own, as at conversion, and here the streams of "
+                    f"another site pass through {describe(site.origin)}"
+                )
+            return self._enter(index, site, site.origin, self._branch(index))
         new: dict[Node, int] = {}
         region: tuple[Node, ...] = ()
         trunk: int | None = None
@@ -238,7 +260,10 @@ class _Planner:
 
     def _branch(self, index: int) -> frozenset[Node]:
         if index not in self.branches:
-            self.branches[index] = frozenset(branch_nodes(self.flow, self.residuals.sites[index]))
+            site = self.residuals.sites[index]
+            # What lies before a graph break has read the collapsed streams by then.
+            nodes = () if site.crosses else branch_nodes(self.flow, site)
+            self.branches[index] = frozenset(nodes)
         return self.branches[index]
 
     def _find_boundaries(self) -> None:
@@ -256,12 +281,17 @@ class _Planner:
         search = RootSearch(
             self.flow, {site.root: i for i, site in enumerate(self.residuals.sites)}
         )
+        ways: list[tuple[int, int, Node, Node]] = []
         for position, value in enumerate(outputs):
             root = search.above(value) if isinstance(value, Node) else None
-            if root not in lasts or plan.departures[lasts[root]] is not None:
-                continue
+            if root in lasts:
+                ways.append(
+                    (self.flow.position[value] - self.flow.position[root], position, value, root)
+                )
+        # The nearest: where a graph break cuts a branch, the norm that opens it is an output too.
+        for _, position, value, root in sorted(ways, key=itemgetter(0, 1)):
             region = self.flow.between(root, (value,)) if value is not root else ()
-            if any(node in plan.dims for node in region):
+            if plan.departures[lasts[root]] or any(node in plan.dims for node in region):
                 continue
             followed = self._follow(root, region)
             if followed is not None:

@@ -16,17 +16,22 @@ name of a module, a class or a function of the model:
 8. projection, tried last: the skip may be an affine image of the origin (a strided convolution and
    its norm); then the way to the branch must also bend, or a sum of two linear maps would count.
 
-   So does the part of the origin that a slice takes (``x[:, :1] + f(x)``), where the branch reads
-   more than such parts.
+   A shortcut that starts with a norm and an activation of its own counts too, if it mixes once and
+   the branch more often; so does the part of the origin that a slice takes (``x[:, :1] + f(x)``),
+   where the branch reads more than such parts; and a skip that joins several values, each of which
+   is an origin by itself (``cat([a, b]) + f(a, b)``).
 
 Left out although they pass: ``x + conv(x)`` (a positional encoding); a single residual inside the
 branch of another that is no layer in it (``y + D x`` of a state-space mixer, see `nesting`); a
 value from outside added inside the branch of another (a position bias that all layers share);
 everything in a model whose state is n streams already (`hyper`).
 
+Where a graph break lies inside a branch, the graph of the sum does not show that the branch comes
+from the skip; whoever calls may know (`outside`). Such a site has the trait ``graph break``.
+
 Forms: ``identity`` (the skip is the origin), ``parallel`` (so, and two or more branches), ``scaled
-skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two), ``projection``
-and ``slice``.
+skip``, ``dropout skip``, ``cast skip``, ``viewed skip`` (what lies between the two),
+``projection``, ``slice`` and ``joined``.
 """
 
 from torch.fx import Graph, Node
@@ -36,21 +41,35 @@ from mhc_compile.passes.flow import FlowIndex
 from mhc_compile.passes.forms import make_site
 from mhc_compile.passes.hyper import hyper_branches, stream_mix
 from mhc_compile.passes.nesting import settle
+from mhc_compile.passes.outside import Ask, outside_ways
 from mhc_compile.passes.reasons import STREAMS, reject, streams_reason
 from mhc_compile.passes.sites import Residuals
 from mhc_compile.passes.sums import SumTree, sum_trees
 from mhc_compile.passes.trunks import chains
 
 
-def find_residuals(graph: Graph) -> Residuals:
+def find_residuals(graph: Graph, ask: Ask | None = None) -> Residuals:
     """The residual sites of ``graph``, their trunks, and why every other sum is none.
 
     Reads the graph and its metadata only. The time is linear in the graph, apart from skips that
     span most of it. In-place adds count, but should have been made functional before a rewrite.
+
+    Args:
+        graph: of Dynamo, torch.export or by hand.
+        ask: knows what happened between the inputs of the graph before it ran (see `outside`).
     """
     index = FlowIndex(graph)
     trees = sum_trees(index.nodes)
     verdicts = [judge(index, tree) for tree in trees]
+    crossing: set[Node] = set()
+    failed = [t for t, v in zip(trees, verdicts, strict=True) if isinstance(v, Failure)]
+    if ask is not None and (ways := outside_ways(index, failed, ask)):
+        index = FlowIndex(graph, ways)
+        for number, tree in enumerate(trees):
+            if isinstance(verdicts[number], Failure):
+                verdicts[number] = judge(index, tree)
+                if isinstance(verdicts[number], Parting):
+                    crossing.add(tree.root)
     mix = next((mix for tree in trees if (mix := stream_mix(index, tree)) is not None), None)
     if mix is not None:
         verdicts = [
@@ -65,7 +84,7 @@ def find_residuals(graph: Graph) -> Residuals:
         for tree, verdict in zip(trees, verdicts, strict=True)
     ]
     found = [
-        (tree, make_site(index, tree, verdict))
+        (tree, make_site(index, tree, verdict, crosses=tree.root in crossing))
         for tree, verdict in zip(trees, verdicts, strict=True)
         if isinstance(verdict, Parting)
     ]

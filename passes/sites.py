@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+CROSSES = "graph break"
+"""The trait of a site whose branch runs through a graph break."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResidualSite:
@@ -25,11 +28,18 @@ class ResidualSite:
     """See `mhc_compile.passes.residuals`."""
     traits: tuple[str, ...]
     """What else is special about it: see `mhc_compile.passes.forms`."""
+    skip_at: int = 0
+    """Position of the skip among the leaves of the sum, in reading order."""
+
+    @property
+    def crosses(self) -> bool:
+        """Whether its branch runs through a graph break: none of it may be in this graph."""
+        return CROSSES in self.traits
 
     @property
     def starts_at_skip(self) -> bool:
         """Whether the skip is another value than the origin, so that no streams pass through it."""
-        return self.form in ("projection", "slice")
+        return self.form in ("projection", "slice", "joined")
 
 
 @dataclass(frozen=True, slots=True)

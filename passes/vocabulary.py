@@ -115,6 +115,12 @@ def bends(node: Node) -> bool:
     return name in ACTIVATION or name in ATTENTION or name in RECURRENT or is_opaque(node)
 
 
+def traits_of(name: str) -> int:
+    """`traits` of an operation of torch, by its name alone."""
+    mixing = name in _MIXING or name.startswith(("fft_", "_fft_"))
+    return MIXES * mixing | BENDS * (name in ACTIVATION | ATTENTION | RECURRENT)
+
+
 def traits(node: Node) -> int:
     """`MIXES` and `BENDS` of the node, or-ed."""
     return MIXES * mixes(node) | BENDS * bends(node)

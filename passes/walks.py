@@ -9,6 +9,7 @@ from mhc_compile.passes.opnames import first_input, op_name
 from mhc_compile.passes.sums import operands
 from mhc_compile.passes.values import is_tensor, numel, rank
 from mhc_compile.passes.vocabulary import (
+    ACTIVATION,
     CAST,
     CONVOLUTION,
     DROPOUT,
@@ -31,6 +32,18 @@ def plain_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
 def affine_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
     """``skip`` and what it is affine in: also norms, linear, conv, pool, slices (clause 8)."""
     return _walk(index, skip, _affine_step)
+
+
+def activated_walk(index: FlowIndex, skip: Node) -> tuple[Node, ...]:
+    """`affine_walk`, and on through one activation and the norm it follows.
+
+    That is how a pre-activation block may prepare its shortcut: ``conv(relu(norm(x)))``.
+    """
+    walk = affine_walk(index, skip)
+    norm = first_input(walk[-1]) if op_name(walk[-1]) in ACTIVATION else None
+    if norm is None or op_name(norm) not in NORM:
+        return walk
+    return (*walk, *affine_walk(index, norm)[:2])
 
 
 def plain_step(index: FlowIndex, node: Node) -> Node | None:

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import mhc_compile
 from mhc_compile import UnsupportedGraphError, carry
 from tests.nets import (
     WIDTH,
-    Block,
     Net,
     assert_same,
     compile_blocks_,
@@ -91,43 +89,6 @@ def test_streams_pass_without_gradients(mode: Callable[[], Any]) -> None:
         expected = compiled(model)(x)
         compile_blocks_(model.blocks)
         assert distance(model(x), expected) <= 1e-6
-
-
-class Breaks(nn.Module):
-    """A block whose forward is cut between its two sites."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.breaks = True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + torch.tanh(self.linear(self.norm(x)))
-        if self.breaks:
-            torch._dynamo.graph_break()
-        return x + torch.relu(self.linear(self.norm(x)))
-
-
-def test_sites_of_a_forward_with_a_break_are_left_with_the_reason() -> None:
-    model, x = Net([Block(), Breaks(), Block()]), example()
-    expected = run(model, model, x)
-    report = mhc_compile.convert_(model, x)
-    assert {site.owner for site in report.left} == {"blocks.1"}
-    assert {site.reason for site in report.left} == {
-        "a graph break splits the forward of its module"
-    }
-    assert {site.owner for site in report.converted} == {"blocks.0", "blocks.2"}
-    assert_same(run(compiled(model), model, x), expected, output=2e-6, grad=1e-5)
-
-
-def test_a_break_that_appears_after_conversion_is_refused() -> None:
-    model, x = Net([Block(), Breaks()]), example()
-    model.blocks[1].breaks = False
-    converted(model, x)
-    compiled(model)(x)
-    model.blocks[1].breaks = True
-    with pytest.raises(UnsupportedGraphError, match=r"whole call of the converted Breaks.*break"):
-        compiled(model)(x)
 
 
 def visible_and_state() -> tuple[torch.Tensor, torch.Tensor]:

@@ -209,7 +209,7 @@ def test_a_dict_of_a_kind_that_cannot_be_written_is_left_alone() -> None:
 
 
 class _Routed(nn.Module):
-    """A site whose branch looks at values: the break hides that the branch comes from the skip."""
+    """A site whose branch looks at values: a graph break lies in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,15 +228,16 @@ def test_a_report_says_where_a_graph_broke_and_what_dynamo_says_of_it() -> None:
     (note,) = (note for note in report.notes if "graph break at" in note)
     assert f"test_graph_breaks.py:{line}" in note
     assert "torch._dynamo.config.capture_scalar_outputs = True" in note
-    assert len(report.converted) == 2
-    (lost,) = (add for add in report.rejected if add.source.endswith(f":{line + 1}"))
-    assert "this side of a graph break" in lost.reason
+    assert [site.name for site in report.sites] == ["block.add0", "block.add1", "add0"]
+    (cut,) = (site for site in report.sites if "graph break" in site.traits)
+    assert cut.source.endswith(f":{line + 1}")
 
 
-def test_the_setting_that_dynamo_proposes_brings_the_site_back() -> None:
+def test_the_setting_that_dynamo_proposes_mends_the_branch() -> None:
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         report = mhc_compile.explain(_Routed(), torch.randn(2, 3, 8))
     assert [site.name for site in report.converted] == ["block.add0", "block.add1", "add0"]
+    assert not any("graph break" in site.traits for site in report.sites)
 
 
 def test_a_model_of_one_graph_has_no_note_of_breaks() -> None:

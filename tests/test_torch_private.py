@@ -458,3 +458,40 @@ def test_graph_breaks_are_noted_and_what_the_user_logs_stays_the_same() -> None:
     assert [entry.source for entry in breaks] == [f"test_torch_private.py:{line}"]
     assert "User-inserted graph break" in breaks[0].reason
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_a_frame_tells_which_module_runs_its_graph_now() -> None:
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + 1
+            torch._dynamo.graph_break()
+            return x * 2 if self.training else x
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    running: list[tuple[nn.Module | None, nn.Module | None]] = []
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        frame = private.Frame.current(gm)
+        captured = frame.root
+
+        @private.without_tracing
+        def run(*args: Any) -> Any:
+            running.append((captured, frame.running_root()))
+            return gm.forward(*args)
+
+        return run
+
+    net = Net()
+    torch.compile(net, backend=backend)(torch.ones(2))
+    first, second = net.blocks
+    # two graphs, each captured from the first block and run by both
+    assert running == [(first, first), (first, first), (first, second), (first, second)]

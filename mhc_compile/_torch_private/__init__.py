@@ -23,6 +23,7 @@ from mhc_compile._torch_private.frames import (
     is_pending,
     note_source,
 )
+from mhc_compile._torch_private.history import OPAQUE, kinds_between
 from mhc_compile._torch_private.lowering import (
     Compiled,
     Lowering,
@@ -40,6 +41,7 @@ from mhc_compile._torch_private.streams import (
 
 __all__ = [
     "DYNAMO_ERRORS",
+    "OPAQUE",
     "Compiled",
     "Frame",
     "GraphBreak",
@@ -53,6 +55,7 @@ __all__ = [
     "fake_like",
     "is_dtensor",
     "is_pending",
+    "kinds_between",
     "memory_budget",
     "name_object",
     "named_object",

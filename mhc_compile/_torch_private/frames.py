@@ -2,7 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -64,13 +65,18 @@ class Frame:
     @property
     def root(self) -> nn.Module | None:
         """The module whose forward the frame runs; None for a plain function."""
-        code, scope = self._tx.f_code, self._tx.output.local_scope
-        first = scope.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(first, nn.Module):
-            return first
-        # A resumed frame reorders its variables; torch wraps the forward of its own modules.
-        found = scope.get("self", scope.get("fn"))
-        return found if isinstance(found, nn.Module) else None
+        return _root(self._tx.f_code, self._tx.output.local_scope)
+
+    def running_root(self) -> nn.Module | None:
+        """The `root` of the call that is under way: one graph may serve many modules of a kind."""
+        code = self._tx.f_code
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            running = frame.f_code
+            if (running.co_name, running.co_filename) == (code.co_name, code.co_filename):
+                return _root(running, frame.f_locals)
+            frame = frame.f_back
+        return None
 
     @property
     def names(self) -> dict[int, str]:
@@ -154,6 +160,15 @@ class Frame:
         raise UnsupportedGraphError(
             f"no variable of {self.where} leads to the {type(owner).__name__} that adds"
         )
+
+
+def _root(code: CodeType, scope: Mapping[str, Any]) -> nn.Module | None:
+    first = scope.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(first, nn.Module):
+        return first
+    # A resumed frame reorders its variables; torch wraps the forward of its own modules.
+    found = scope.get("self", scope.get("fn"))
+    return found if isinstance(found, nn.Module) else None
 
 
 def copy_captured(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

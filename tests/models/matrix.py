@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from mhc_compile.errors import MHCError
-from tests.models.trial import STEPS, Trial, run_trial
-from tests.models.zoo import BUILDERS, LIBRARIES, SETTINGS
+from tests.models.trial import RATES, STEPS, Trial, run_trial
+from tests.models.zoo import BUILDERS, LIBRARIES
 
 TRUTH = json.loads((Path(__file__).parent / "truth.json").read_text())
 _LIBRARIES = ("torch", *sorted(set(LIBRARIES.values())))
@@ -47,9 +47,9 @@ class Row:
     repeats: bool | None = None
     rounding: list[float] | None = None
     """Errors against float64 of the gradients, plain and converted, see `Trial.rounding`."""
+    rate: float = RATES[0]
+    plain_losses: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    in_train_mode: int | None = None
-    """Sites rewritten in train mode, where the conversion of eval mode was refused there."""
     refusal: str = ""
     exception: str = ""
     seconds: float = 0.0
@@ -77,9 +77,7 @@ def _fill(row: Row, trial: Trial) -> None:
     row.parameters = sum(site.parameters for site in report.converted)
     row.left = sorted({site.reason for site in report.left})
     row.eval_error, row.eval_dtype = trial.eval_error, trial.eval_dtype
-    row.refusal, row.losses = _without_folders(trial.refusal), trial.losses
-    if trial.train_report is not None:
-        row.in_train_mode = len(trial.train_report.converted)
+    row.rate, row.plain_losses, row.losses = trial.rate, trial.plain_losses, trial.losses
     row.rounding = list(trial.rounding) if trial.rounding is not None else None
     if trial.comparison is not None:
         row.dtype, row.repeats = trial.comparison.dtype, trial.comparison.repeats
@@ -131,8 +129,9 @@ def table(rows: list[Row]) -> str:
         "largest value of that output (float32). Train and gradient error: the same of outputs and "
         "batch statistics in train mode, and of the gradients of the old parameters; `64` marks "
         "models that amplify float32 rounding beyond the bounds (batch statistics of few values, "
-        "many layers of small random weights) and were compared in float64. Loss: before and after "
-        f"{STEPS} steps of AdamW.",
+        "many layers of small random weights) and were compared in float64. Loss: before, and "
+        f"after {STEPS} steps of AdamW; that of the plain model after as many steps in brackets. "
+        f"The rate is {RATES[0]:.0e}, divided by ten until the plain model's loss falls.",
         "",
         "| model | found / true | rewritten | trunks | output error | train error "
         "| gradient error | loss | remark |",
@@ -147,6 +146,7 @@ def _line(row: Row) -> str:
     mark = " `64`" if row.dtype == "float64" else ""
     eval_mark = " `64`" if row.eval_dtype == "float64" else ""
     loss = f"{row.losses[0]:.4g} → {row.losses[-1]:.4g}" if row.losses else ""
+    loss += f" ({row.plain_losses[-1]:.4g})" if row.plain_losses else ""
     cells = [
         f"{row.name} ({row.library})",
         f"{'-' if row.sites is None else row.sites} / {row.true_sites}",
@@ -171,17 +171,8 @@ def _error(value: float | None) -> str:
 
 
 def _remark(row: Row) -> str:
-    parts = [
-        f"with torch._dynamo.config.{name} = {value}, as its report proposes"
-        for name, value in SETTINGS.get(row.name, {}).items()
-    ]
-    parts += [f"left: {reason}" for reason in row.left]
-    if row.in_train_mode is not None:
-        parts.append(
-            f"refused in train mode, where it breaks into several graphs; converted in that mode, "
-            f"{row.in_train_mode} sites are rewritten"
-        )
-    elif row.refusal:
+    parts = [f"left: {reason}" for reason in row.left]
+    if row.refusal:
         parts.append(f"refused: {row.refusal}")
     if row.rounding is not None:
         plain, ours = row.rounding
@@ -189,6 +180,8 @@ def _remark(row: Row) -> str:
             f"it casts to float32 by itself; against gradients in float64 throughout the plain "
             f"model is off by {plain:.1e}, the converted one by {ours:.1e}"
         )
+    if row.rate != RATES[0]:
+        parts.append(f"rate {row.rate:.0e}")
     if row.exception:
         parts.append(f"**exception** {row.exception}")
     return "; ".join(parts).replace("\n", " ")

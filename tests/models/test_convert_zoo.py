@@ -17,7 +17,6 @@ from tests.models.trial import (
     Comparison,
     Trial,
     convert,
-    plain_losses,
     reloads,
     run_trial,
     train,
@@ -62,7 +61,7 @@ def compared(trial: Trial) -> Comparison:
 def test_number_of_sites_is_that_of_the_architecture(named_trial: tuple[str, Trial]) -> None:
     name, trial = named_trial
     truth = TRUTH[name]
-    assert len(trial.report.sites) == truth["sites"] - truth.get("missed", 0) - truth.get("cut", 0)
+    assert len(trial.report.sites) == truth["sites"] - truth.get("lost", 0)
     if name in LAYERS:
         assert truth["sites"] == sum(layers * sites for layers, sites in LAYERS[name])
         assert truth["trunks"] == [layers * sites for layers, sites in LAYERS[name]]
@@ -114,12 +113,12 @@ def test_trained_model_computes_the_same_bits_after_saving_and_loading(
     assert reloads(*named_trial)
 
 
-def test_a_few_steps_of_training_lower_the_loss(named_trial: tuple[str, Trial]) -> None:
-    name, trial = named_trial
-    assert len(trial.losses) == STEPS + 1
-    if trial.losses[-1] >= trial.losses[0]:  # some random weights jump about, converted or not
-        plain = plain_losses(name)
-        assert trial.losses == pytest.approx(plain, rel=1e-2)
+def test_a_few_steps_of_training_lower_the_loss_where_they_lower_the_plain_one(
+    trial: Trial,
+) -> None:
+    assert len(trial.losses) == len(trial.plain_losses) == STEPS + 1
+    assert trial.plain_losses[-1] < trial.plain_losses[0], "no rate is small enough"
+    assert trial.losses[-1] < trial.losses[0]
 
 
 def test_training_reaches_every_new_parameter_and_parts_the_streams() -> None:

@@ -11,7 +11,7 @@ from torch.fx import Graph
 
 from mhc_compile.passes.residuals import Residuals, find_residuals
 from mhc_compile.passes.slices import merge_equal_slices
-from tests.models.zoo import BUILDERS, build, settings
+from tests.models.zoo import BUILDERS, build
 from tests.passes.graphs import captures
 
 TRUTH = json.loads((Path(__file__).parent / "truth.json").read_text())
@@ -28,7 +28,7 @@ def check(name: str, found: list[Residuals], *, whole: bool = False) -> None:
     truth = TRUTH[name]
     trunks = [len(trunk) for part in found for trunk in part.trunks]
     # A graph break cuts sites; a graph that several layers share shows its sites once.
-    keys = ("missed",) if whole else ("missed", "cut", "shared")
+    keys = () if whole else ("cut", "shared")
     hidden = sum(truth.get(key, 0) for key in keys)
     expected = truth.get("found_trunks", truth["trunks"])
     assert sum(len(part.sites) for part in found) == truth["sites"] - hidden
@@ -48,17 +48,18 @@ def test_every_model_has_its_truth():
 
 
 def test_hardly_any_true_site_is_missed():
+    """Of graphs alone, and of conversion, which sees how a model runs through its graph breaks."""
     sites = sum(truth["sites"] for truth in TRUTH.values())
-    missed = sum(truth.get("missed", 0) for truth in TRUTH.values())
     cut = sum(truth.get("cut", 0) for truth in TRUTH.values())
-    assert missed / sites < 0.01
-    assert (missed + cut) / sites < 0.02
+    lost = sum(truth.get("lost", 0) for truth in TRUTH.values())
+    assert cut / sites < 0.01
+    assert lost / sites < 0.003
 
 
 @pytest.mark.parametrize("name", models(TRUTH))
 def test_sites_and_trunks_of_the_dynamo_graphs_are_the_true_ones(name):
     model, inputs = build(name)
-    with warnings.catch_warnings(), settings(name):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graphs = captures(model, **inputs)
     check(name, [find(graph) for graph in graphs])
@@ -68,7 +69,7 @@ def test_sites_and_trunks_of_the_dynamo_graphs_are_the_true_ones(name):
 @pytest.mark.parametrize("name", models(TRUTH))
 def test_sites_and_trunks_of_the_exported_graph_are_the_true_ones(name):
     model, inputs = build(name)
-    with warnings.catch_warnings(), settings(name), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, (), inputs, strict=False)

@@ -16,9 +16,9 @@ from tests.models import (  # noqa: F401
     zoo_text,
     zoo_timm,
 )
-from tests.models.zoo_base import BUILDERS, LIBRARIES, SETTINGS, Inputs, settings
+from tests.models.zoo_base import BUILDERS, LIBRARIES, Inputs
 
-__all__ = ["BUILDERS", "LIBRARIES", "SETTINGS", "Inputs", "build", "settings"]
+__all__ = ["BUILDERS", "LIBRARIES", "Inputs", "build"]
 
 
 def build(name: str) -> tuple[nn.Module, Inputs]:

@@ -3,7 +3,6 @@
 import importlib
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -27,15 +26,6 @@ def register(name: str, library: str, builder: Builder) -> None:
     """Put a model into the zoo."""
     BUILDERS[name] = builder
     LIBRARIES[name] = library
-
-
-SETTINGS: dict[str, dict[str, Any]] = {}
-"""What of ``torch._dynamo.config`` a model needs to be captured as one graph, as `explain` says."""
-
-
-def settings(name: str) -> AbstractContextManager[None]:
-    """The `SETTINGS` of a model, in force: for conversion, compilation and all calls."""
-    return torch._dynamo.config.patch(SETTINGS[name]) if name in SETTINGS else nullcontext()
 
 
 def transformers() -> ModuleType:

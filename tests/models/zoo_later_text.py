@@ -7,7 +7,6 @@ from tests.models.zoo_base import (
     GQA,
     LM,
     SEQ,
-    SETTINGS,
     TOKENS,
     VOCAB,
     causal,
@@ -90,7 +89,6 @@ hf(
     num_experts_per_tok=2,
     max_position_embeddings=64,
 )
-SETTINGS["jetmoe"] = {"capture_scalar_outputs": True}  # its router reads counts with tolist()
 hf(
     "zamba2",
     "Zamba2ForCausalLM",
@@ -280,7 +278,6 @@ hf(
     n_heads=4,
     max_position_embeddings=64,
 )
-SETTINGS["xlm"] = {"capture_scalar_outputs": True}  # it asserts something of lengths.max().item()
 hf(
     "perceiver",
     "PerceiverModel",
