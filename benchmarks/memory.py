@@ -25,7 +25,7 @@ from torch import Tensor
 
 import mhc_compile
 from benchmarks.gpt import GPT, VOCABULARY
-from benchmarks.timing import by_turns, machine
+from benchmarks.timing import by_turns, machine, return_freed_memory
 from mhc_compile.memory import memory_plan
 
 STREAMS = 4
@@ -95,6 +95,7 @@ def _resident() -> float:
 def peak(name: str, layers: int, width: int, tokens: int) -> float:
     """MiB that a step needs beyond the compiled model and its gradients; in this process."""
     torch.set_num_threads(1)
+    return_freed_memory()
     variant = _Variant(name, layers, width, min(tokens, 128))
     variant.step()  # compiles, for any length
     variant.tokens = torch.randint(VOCABULARY, (1, tokens))
