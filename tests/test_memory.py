@@ -70,7 +70,7 @@ def test_what_is_saved_is_what_the_plan_says(recompute: Any) -> None:
     assert saved[15, WIDTH] <= trunk.sites + 2
 
 
-@pytest.mark.parametrize("blocks", [12, 28])
+@pytest.mark.parametrize("blocks", [12, pytest.param(28, marks=pytest.mark.slow)])
 def test_24_and_56_sites_keep_what_the_papers_table_says(blocks: int) -> None:
     # n C a block, C a site, and at most 2 (n^2 + 2 n) float32 a site.
     x = torch.randn(3, 5, WIDTH)
