@@ -61,7 +61,7 @@ _PARTS = (
     _Part(
         "memory",
         "Memory",
-        ("--layers", "12", "--repeat", "2"),
+        ("--layers", "12", "--tokens", "4096", "--repeat", "2"),
         "What a GPT keeps for its backward: bytes per token seen by saved-tensor hooks, what the "
         "memory plan predicts on top of the plain model, the peak of resident memory of a step "
         "(MiB), and seconds of a step. `checkpoint` is the plain model with torch checkpoints "
