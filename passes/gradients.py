@@ -9,7 +9,6 @@ recomputed sites starts, and all of a model with one site per graph.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from operator import getitem
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mhc_compile.passes.schedule import dependences, reorder, stable_order
+from mhc_compile.passes.states import result_of
 from mhc_compile.passes.values import OPERAND_VALUES, value_of
 
 _PRE_BACKWARD = torch.ops.mhc.pre_backward.default
@@ -69,9 +69,7 @@ def accumulate_gradients_pass(gm: GraphModule, example_inputs: Sequence[Any]) ->
 def _sums(gm: GraphModule) -> Iterator[tuple[Node, Node, Node]]:
     """Each pre_backward, its gradient of the state, and the sum which that goes into alone."""
     for call in gm.graph.find_nodes(op="call_function", target=_PRE_BACKWARD):
-        own = next(
-            (part for part in call.users if part.target is getitem and part.args[1] == 0), None
-        )
+        own = next((part for part in call.users if result_of(part) == 0), None)
         has_more = call.args[_MORE : _MORE + 1] not in ((), (None,))
         if has_more or own is None or len(own.users) != 1:
             continue

@@ -23,12 +23,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.schedule import dependences, reorder, stable_order
-from mhc_compile.passes.states import POST, PRE, SEAM, spec_of
+from mhc_compile.passes.states import INPUT_AT, POST, PRE, SEAM, result_of, spec_of
 from mhc_compile.passes.values import RECOMPUTE, meta_of_part, value_of
 
 _KEEP, _REPLAY = torch.ops.mhc.keep.default, torch.ops.mhc.replay.default
-_READ: dict[Any, int] = {PRE: 0, SEAM: 1}
-"""Which result is the branch input; mappings come behind it, states before."""
 _BACKWARD = {
     # Where a backward op has the arguments of its forward; what was saved comes behind them.
     torch.ops.mhc.pre_backward.default: (PRE, slice(3, 7)),
@@ -83,7 +81,7 @@ def replay_sites_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassRes
 def _sites(gm: GraphModule) -> Iterator[Node]:
     """Every site that a replay knows how to make."""
     for node in gm.graph.nodes:
-        if node.target in _READ and spec_of(node).dynamic and not spec_of(node).single_pass:
+        if node.target in INPUT_AT and spec_of(node).dynamic and not spec_of(node).single_pass:
             yield node
 
 
@@ -102,16 +100,7 @@ def _is_recomputed(node: Node) -> bool:
 
 def _mappings(site: Node) -> list[Node]:
     """h_post, h_res and what is saved of a site, as far as they are read."""
-    return [part for part in site.users if part.users and _position(part) > _READ[site.target]]
-
-
-def _position(part: Node) -> int:
-    """Which result of its op a node is; -1 for anything else that reads the op."""
-    if part.target is not operator.getitem:
-        return -1
-    position = part.args[1]
-    assert isinstance(position, int), "a result is taken by number"
-    return position
+    return [part for part in site.users if part.users and result_of(part) > INPUT_AT[site.target]]
 
 
 def _keep(gm: GraphModule, site: Node) -> None:
@@ -131,7 +120,7 @@ def _keep(gm: GraphModule, site: Node) -> None:
         return behind
 
     sources = [
-        add(operator.getitem, (site, _position(part)), part.name, value)
+        add(operator.getitem, (site, result_of(part)), part.name, value)
         for part, value in zip(parts, values, strict=True)
     ]
     copies = add(_KEEP, (sources,), f"{site.name}_keep", values)
@@ -146,7 +135,7 @@ def _take_out_copies(gm: GraphModule) -> bool:
     for copies in found:
         (parts,) = copies.args
         for copy in list(copies.users):
-            copy.replace_all_uses_with(parts[_position(copy)])
+            copy.replace_all_uses_with(parts[result_of(copy)])
             gm.graph.erase_node(copy)
         gm.graph.erase_node(copies)
     return bool(found)
@@ -181,7 +170,7 @@ def _replayed(gm: GraphModule) -> Iterator[tuple[Node, _Site]]:
         if kept is None:
             continue
         read = [part for part in node.users if part.users]
-        if all(0 <= _position(part) <= _READ[node.target] for part in read):
+        if all(0 <= result_of(part) <= INPUT_AT[node.target] for part in read):
             yield node, _Site(node, kept)
 
 
@@ -204,7 +193,7 @@ def _chain(replayed: Mapping[Node, _Site], number: Mapping[Node, int]) -> list[_
 
 def _behind(node: Node, replayed: Mapping[Node, _Site]) -> _Site | None:
     """The site that carries on the state which a site leaves, or which its pre reads."""
-    made = [part for part in node.users if _position(part) == 0]
+    made = [part for part in node.users if result_of(part) == 0]
     for state in node.all_input_nodes[:1] if node.target is PRE else made:
         for user in state.users:
             if user in replayed and user.target is SEAM and user.args[0] is state:
@@ -237,7 +226,7 @@ def _join(gm: GraphModule, chain: Sequence[_Site], number: dict[Node, int]) -> b
         *([site.node.args[position] for site in chain] for position in (-3, -2)),
         first.args[-1],
     )
-    results = [(site.node, at) for site in chain for at in range(_READ[site.node.target] + 1)]
+    results = [(site.node, at) for site in chain for at in range(INPUT_AT[site.node.target] + 1)]
 
     def add(target: Any, args: Any, like: Node, value: Any) -> Node:
         node = graph.create_node("call_function", target, args, name=f"{like.name}_replay")
@@ -248,7 +237,7 @@ def _join(gm: GraphModule, chain: Sequence[_Site], number: dict[Node, int]) -> b
     with graph.inserting_before(last):
         replay = add(_REPLAY, arguments, first, [value_of(op)[at] for op, at in results])
         for place, (op, at) in enumerate(results):
-            for part in [part for part in op.users if _position(part) == at]:
+            for part in [part for part in op.users if result_of(part) == at]:
                 taken = add(operator.getitem, (replay, place), part, value_of(part))
                 part.replace_all_uses_with(taken)
     for site in reversed(chain):

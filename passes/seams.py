@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from mhc_compile.passes.states import POST, PRE, SEAM, spec_of
+from mhc_compile.passes.states import POST, PRE, SEAM, result_of, spec_of
 from mhc_compile.passes.values import RECOMPUTE, REGION, meta_of_part
 
 
@@ -62,9 +62,7 @@ def _join(gm: GraphModule, post: Node, pre: Node, behind: Node) -> None:
     for node in (seam, state_after):
         node.meta = meta_of_part(post)
     for part in list(pre.users):
-        position = part.args[1]
-        assert isinstance(position, int), "a result of pre is taken by number"
-        part.args = (seam, position + 1)
+        part.args = (seam, result_of(part) + 1)
     graph.erase_node(pre)
     post.replace_all_uses_with(state_after)
     graph.erase_node(post)

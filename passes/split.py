@@ -25,7 +25,7 @@ from mhc_compile.passes.collectives import is_wait, waits_of_starts
 from mhc_compile.passes.draft import Draft
 from mhc_compile.passes.estimate import Device, device_of, node_seconds, transfer_seconds
 from mhc_compile.passes.split_backward import split_backwards
-from mhc_compile.passes.states import COLLAPSE, POST, PRE, SEAM, spec_of
+from mhc_compile.passes.states import COLLAPSE, INPUT_AT, POST, PRE, SEAM, result_of, spec_of
 from mhc_compile.passes.values import value_of
 
 _ATEN = torch.ops.aten
@@ -68,16 +68,11 @@ def _has_halves(node: Node) -> bool:
     constraint = constraint_of(spec)
     same = spec.dynamic and constraint.gate == "sigmoid" and not constraint.per_stream
     same = same and not spec.single_pass
-    return same and bool(_parts(node, _first(node)))
-
-
-def _first(node: Node) -> int:
-    """Where u stands in the results."""
-    return 0 if node.target is PRE else 1
+    return same and bool(_parts(node, INPUT_AT[node.target]))
 
 
 def _parts(node: Node, position: int) -> list[Node]:
-    return [part for part in node.users if part.args[1:] == (position,)]
+    return [part for part in node.users if result_of(part) == position]
 
 
 def _pending(
@@ -87,7 +82,7 @@ def _pending(
     branch: set[Node] = set()
     todo = [
         reader.args[1]
-        for part in _parts(site, _first(site) + 1)
+        for part in _parts(site, INPUT_AT[site.target] + 1)
         for reader in part.users
         if reader.target in (POST, SEAM) and reader.args[2] is part
     ]
@@ -97,7 +92,7 @@ def _pending(
         if node not in branch and index.get(node, -1) > index[site]:
             branch.add(node)
             todo += node.all_input_nodes
-    reached = set(_parts(site, _first(site)))
+    reached = set(_parts(site, INPUT_AT[site.target]))
     found: dict[Node, None] = {}
     for node in sorted(branch, key=index.__getitem__):
         if reached.intersection(node.all_input_nodes):
@@ -116,10 +111,9 @@ def _split(site: Node, pending: float, device: Device) -> bool:
     if total - mappings + max(0.0, mappings - pending) >= whole:
         return False
     state, u, mapped = draft.place(*results)
-    first = _first(site)
+    first = INPUT_AT[site.target]
     for part in list(site.users):
-        position = part.args[1]
-        assert isinstance(position, int), "a result is taken by number"
+        position = result_of(part)
         if position > first:
             part.args = (mapped, position - first)
         else:
@@ -133,7 +127,7 @@ def _halves(site: Node) -> tuple[Draft, tuple[Node, Node, Node]]:
     """The operations, of which the last can wait; the state, u and what pre gives."""
     draft = Draft(site)
     *state_args, phi, bias, alpha, spec = draft.operands()
-    n, values = spec_of(site).streams, value_of(site)
+    n, values, first = spec_of(site).streams, value_of(site), INPUT_AT[site.target]
     state = state_args[0]
     if site.target is SEAM:
         state = draft.call("_post", values[0], POST, *state_args, spec)
@@ -151,6 +145,6 @@ def _halves(site: Node) -> tuple[Draft, tuple[Node, Node, Node]]:
         draft.call("_bias", parts[1], _ATEN.slice.Tensor, bias, 0, 0, n),
         draft.call("_alpha", parts[2], _ATEN.slice.Tensor, alpha, 0, 0, 1),
     )
-    u = draft.call("_premix", values[_first(site)], COLLAPSE, state, *own, "learned", spec)
-    mapped = draft.call("_mappings", values[_first(site) :], PRE, state, phi, bias, alpha, spec)
+    u = draft.call("_premix", values[first], COLLAPSE, state, *own, "learned", spec)
+    mapped = draft.call("_mappings", values[first:], PRE, state, phi, bias, alpha, spec)
     return draft, (state, u, mapped)

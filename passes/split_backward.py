@@ -29,7 +29,7 @@ from mhc_compile.kernels.layout import dz_width
 from mhc_compile.passes.collectives import is_wait
 from mhc_compile.passes.draft import Draft
 from mhc_compile.passes.estimate import Device, node_seconds, transfer_seconds
-from mhc_compile.passes.states import spec_of
+from mhc_compile.passes.states import result_of, spec_of
 from mhc_compile.passes.values import value_of
 
 _OPS = torch.ops.mhc
@@ -171,8 +171,7 @@ def _branch_first(site: Node) -> tuple[Draft, tuple[Node, Node]]:
 def _replace(site: Node, first: Node, rest: Node) -> None:
     """Take every result of the site from its two parts instead."""
     for part in list(site.users):
-        position = part.args[1]
-        assert isinstance(position, int), "a result is taken by number"
+        position = result_of(part)
         if site.target is _POST and position != _DF:
             part.args = (rest, position - (position > _DF))
         elif site.target is not _POST and position != _DPHI[site.target]:

@@ -1,6 +1,7 @@
 """Which nodes of a rewritten graph carry the n-stream state, and of which trunk."""
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -17,6 +18,19 @@ SEAM, COLLAPSE, READ = (
     torch.ops.mhc.collapse.default,
     torch.ops.mhc.read.default,
 )
+
+
+INPUT_AT: dict[Any, int] = {PRE: 0, SEAM: 1}
+"""Which result of an op is the branch input; the mappings come behind it, the state before."""
+
+
+def result_of(part: Node) -> int:
+    """Which result of its op a node takes; -1 for anything else that reads the op."""
+    if part.target is not operator.getitem:
+        return -1
+    number = part.args[1]
+    assert isinstance(number, int), "a result is taken by number"
+    return number
 
 
 def spec_of(node: Node) -> SiteSpec:

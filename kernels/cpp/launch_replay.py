@@ -14,6 +14,7 @@ from mhc_compile.kernels.cpp.call import (
     state_back,
     streams_last,
 )
+from mhc_compile.kernels.rounds import by_turns, run_rounds
 from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 
 Tensors = Sequence[torch.Tensor]
@@ -36,17 +37,14 @@ def replay(
     reads = [coefficients(*three) for three in zip(saved, bias, alpha, strict=True)]
     states = [rows.new_empty(rows.shape) for _ in f]
     inputs = [rows.new_empty((*rows.shape[:-2], rows.shape[-1])) for _ in saved]
-    first, start = len(saved) - len(f), rows
-    for at in range(0, max(1, len(f)), REPLAYED):
-        some = slice(at, at + REPLAYED)
-        # The branch inputs of these states, and before all of them that of X.
-        read = slice(at + first if at else 0, at + first + REPLAYED)
-        table = _addresses(branches[some], posts[some], states[some], reads[read], inputs[read])
+
+    def run(start: torch.Tensor, made: slice, read: slice) -> None:
+        table = _addresses(branches[made], posts[made], states[made], reads[read], inputs[read])
         call(library(spec, X.dtype, "replay"), "replay", (start, table), *size_of(rows))
-        start = states[some][-1] if f else start
-    made = [narrow_back(u, spec) for u in inputs]
-    pairs = zip((state_back(state, spec) for state in states), made[first:], strict=True)
-    return [*made[:first], *(tensor for pair in pairs for tensor in pair)]
+
+    run_rounds(rows, states, inputs, run)
+    back = [state_back(state, spec) for state in states]
+    return by_turns(back, [narrow_back(u, spec) for u in inputs])
 
 
 def _addresses(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mhc_compile.kernels.spec import REPLAYED, SiteSpec
+from mhc_compile.kernels.rounds import by_turns, run_rounds
+from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.site import Site, floats
 
 Tensors = Sequence[torch.Tensor]
@@ -21,25 +22,15 @@ def replay(
     spec: SiteSpec,
 ) -> list[torch.Tensor]:
     """``mhc::replay``, so many sites a launch as one kernel takes."""
-    site, first = Site(spec, X), len(saved) - len(f)
+    site = Site(spec, X)
     states = [X.new_empty(X.shape) for _ in f]
     inputs = [X.new_empty((*X.shape[:-2], site.channels)) for _ in saved]
-    start = X
-    for at in range(0, max(1, len(f)), REPLAYED):
-        some = slice(at, at + REPLAYED)
-        # The branch inputs of these states, and before all of them that of X.
-        read = slice(at + first if at else 0, at + first + REPLAYED)
-        streams = (start, *f[some], *states[some], *inputs[read])
-        coefficients = (h_post[some], h_res[some], saved[read], bias[read], alpha[read])
-        site.run_replay(
-            len(f[some]),
-            len(saved[read]),
-            *streams,
-            *(t for ts in coefficients for t in floats(*ts)),
-        )
-        start = states[some][-1] if f else start
-    made = iter(inputs)
-    return [
-        *(next(made) for _ in range(first)),
-        *(tensor for state in states for tensor in (state, next(made))),
-    ]
+
+    def run(start: torch.Tensor, made: slice, read: slice) -> None:
+        streams = (start, *f[made], *states[made], *inputs[read])
+        mappings = (h_post[made], h_res[made], saved[read], bias[read], alpha[read])
+        coefficients = (t for tensors in mappings for t in floats(*tensors))
+        site.run_replay(len(f[made]), len(saved[read]), *streams, *coefficients)
+
+    run_rounds(X, states, inputs, run)
+    return by_turns(states, inputs)
