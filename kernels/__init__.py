@@ -14,6 +14,7 @@ if __name__ == "mhc_compile.kernels":
         ops_read,
         ops_replay,
         ops_seam,
+        ops_seam_norm,
         ops_sinkhorn,
     )
 
@@ -26,6 +27,7 @@ if __name__ == "mhc_compile.kernels":
         "ops_read",
         "ops_replay",
         "ops_seam",
+        "ops_seam_norm",
         "ops_sinkhorn",
     ]
 else:

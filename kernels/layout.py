@@ -26,6 +26,19 @@ SeamGradients = tuple[
 ]
 """Gradients of X, f, h_post, h_res, phi, bias and alpha: what ``mhc::seam_backward`` returns."""
 
+SeamNormGradients = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]
+"""`SeamGradients`, then those of weight and shift: what ``mhc::seam_norm_backward`` returns."""
+
 
 def widened_shape(shape: Sequence[int], streams: int, dim: int) -> list[int]:
     """Shape of the state for an un-widened ``shape``."""

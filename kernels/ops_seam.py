@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mhc_compile.errors import KernelError
 from mhc_compile.kernels.layout import (
     SeamGradients,
     check_tensor,
@@ -52,7 +53,7 @@ def seam(
         KernelError: a shape, dtype or device does not fit.
     """
     site = SiteSpec.decode(spec)
-    _check("mhc::seam", X, f, h_post, h_res, phi, bias, alpha, site)
+    check_seam("mhc::seam", X, f, h_post, h_res, phi, bias, alpha, site)
     if kernels := launcher("mhc::seam", site, X, h_post, h_res, phi, bias, alpha, branch=f):
         shapes = coefficient_shapes(X, site)
         return kernels.seam(X, f, h_post, h_res, phi, bias, alpha, site, shapes)
@@ -60,7 +61,7 @@ def seam(
     return (X_next, *pre(X_next, phi, bias, alpha, spec, h_post if site.single_pass else None))
 
 
-def _check(
+def check_seam(
     op: str,
     X: torch.Tensor,
     f: torch.Tensor,
@@ -71,6 +72,9 @@ def _check(
     alpha: torch.Tensor | None,
     site: SiteSpec,
 ) -> None:
+    """Refuse arguments of `seam` that do not fit each other."""
+    if site.branch_norm != "none":
+        raise KernelError(f"{op}: branch_norm={site.branch_norm!r} is for mhc::seam_norm")
     check_post(op, X, f, h_post, h_res, site)
     check_pre(op, X, phi, bias, alpha, site)
 
@@ -87,7 +91,7 @@ def _(
     spec: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     site = SiteSpec.decode(spec)
-    _check("mhc::seam", X, f, h_post, h_res, phi, bias, alpha, site)
+    check_seam("mhc::seam", X, f, h_post, h_res, phi, bias, alpha, site)
     h_post_next, h_res_next, saved = (
         X.new_empty(shape, dtype=coefficient_dtype(X)) for shape in coefficient_shapes(X, site)
     )
@@ -165,7 +169,7 @@ def check_seam_backward(
     site: SiteSpec,
 ) -> None:
     """Refuse arguments of `seam_backward` that do not fit each other."""
-    _check(op, X, f, h_post, h_res, phi, bias, alpha, site)
+    check_seam(op, X, f, h_post, h_res, phi, bias, alpha, site)
     named = {"dX_next": grads[0], "du": grads[1], "dh_post_next": grads[2]}
     named |= {"dh_res_next": grads[3], "saved": saved}
     shapes = (X.shape, narrow_shape(X.shape, site.dim), *coefficient_shapes(X, site))

@@ -84,6 +84,19 @@ def seam_ref(
     return (X_next, *pre_ref(X_next, phi, bias, alpha, spec, gates))
 
 
+def branch_norm_ref(
+    u: torch.Tensor, weight: torch.Tensor | None, shift: torch.Tensor | None, spec: SiteSpec
+) -> torch.Tensor:
+    """What ``mhc::seam_norm`` makes of a branch input: torch's own norms, in the dtype of ``u``."""
+    rows, size = u.movedim(spec.dim, -1), (u.shape[spec.dim],)
+    if spec.branch_norm == "layer":
+        out = torch.nn.functional.layer_norm(rows, size, weight, shift, spec.branch_eps)
+    else:
+        out = torch.nn.functional.rms_norm(rows, size, weight, spec.branch_eps)
+        out = out if shift is None else out + shift
+    return out.movedim(-1, spec.dim)
+
+
 def collapse_ref(
     X: torch.Tensor,
     phi: torch.Tensor | None,

@@ -11,7 +11,7 @@ import torch
 from mhc_compile.errors import KernelError, MHCWarning
 from mhc_compile.kernels.cpp import launch as cpp_launch
 from mhc_compile.kernels.cpp import select as cpp
-from mhc_compile.kernels.layout import PreGradients, SeamGradients
+from mhc_compile.kernels.layout import PreGradients, SeamGradients, SeamNormGradients
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import launch as triton_launch
 from mhc_compile.kernels.triton import select as triton
@@ -131,6 +131,43 @@ class Launcher(Protocol):
         with_dz: bool = False,
     ) -> SeamGradients:
         """``mhc::seam_backward``, or ``mhc::seam_backward_dz``."""
+
+    def seam_norm(
+        self,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        phi: torch.Tensor,
+        bias: torch.Tensor,
+        alpha: torch.Tensor,
+        weight: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        spec: SiteSpec,
+        shapes: Sequence[Sequence[int]],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mhc::seam_norm``; the last of ``shapes`` is that of the statistics."""
+
+    def seam_norm_backward(
+        self,
+        dX_next: torch.Tensor,
+        dy: torch.Tensor,
+        dh_post_next: torch.Tensor,
+        dh_res_next: torch.Tensor,
+        X: torch.Tensor,
+        f: torch.Tensor,
+        h_post: torch.Tensor,
+        h_res: torch.Tensor,
+        phi: torch.Tensor,
+        bias: torch.Tensor,
+        alpha: torch.Tensor,
+        weight: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        saved: torch.Tensor,
+        statistics: torch.Tensor,
+        spec: SiteSpec,
+    ) -> SeamNormGradients:
+        """``mhc::seam_norm_backward``."""
 
     def phi_backward(
         self,

@@ -6,7 +6,7 @@ that `SiteSpec.encode` writes and `SiteSpec.decode` reads.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,11 @@ torch."""
 EPS_PLACES = ("divisor", "entries", "both", "floor")
 """``M / (sum + eps)``; ``(M + eps) / sum(M + eps)``; ``(M + eps) / (sum + eps)``;
 ``M / max(sum, eps)``."""
+
+
+BRANCH_NORMS = ("none", "rms", "layer")
+"""What ``mhc::seam_norm`` does to a branch input: nothing, divide by its RMS, or subtract its mean
+and divide by its deviation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +67,13 @@ class SiteSpec:
     """Channel axis of the un-widened tensor, counted from the end."""
     kernels: str = "auto"
     """What computes the ops: one of `KERNELS`."""
+    branch_norm: str = "none"
+    """The norm that the branch starts with, where ``mhc::seam_norm`` applies it: one of
+    `BRANCH_NORMS`."""
+    branch_eps: float = 0.0
+    """Inside the root of that norm."""
+    branch_rounds: bool = False
+    """Whether its result is rounded to the dtype of the streams before its weight is applied."""
 
     def __post_init__(self) -> None:
         """Check every field; see the class."""
@@ -73,17 +85,22 @@ class SiteSpec:
             raise KernelError(
                 f"eps_at={self.eps_at!r} is not allowed: use one of {', '.join(EPS_PLACES)}"
             )
+        if self.branch_norm not in BRANCH_NORMS:
+            raise KernelError(
+                f"branch_norm={self.branch_norm!r} is not allowed: use one of "
+                f"{', '.join(BRANCH_NORMS)}"
+            )
         _check_integer("streams", self.streams, 1, MAX_STREAMS)
         _check_integer("iters", self.iters, 1, math.inf)
         _check_integer("dim", self.dim, -math.inf, -1)
-        for name in ("dynamic", "single_pass"):
+        for name in ("dynamic", "single_pass", "branch_rounds"):
             if not isinstance(getattr(self, name), bool):
                 raise KernelError(
                     f"{name}={getattr(self, name)!r} is not allowed: use True or False"
                 )
         if not isinstance(self.constraint, str) or not self.constraint.isidentifier():
             raise KernelError(f"constraint={self.constraint!r} is not allowed: give its name")
-        for name in ("sinkhorn_eps", "pre_eps", "norm_eps"):
+        for name in ("sinkhorn_eps", "pre_eps", "norm_eps", "branch_eps"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not math.isfinite(value) or value < 0:
@@ -94,6 +111,11 @@ class SiteSpec:
     def gates(self) -> int:
         """Numbers per token in h_post: n, or 2 n with H_pre in front of H_post."""
         return 2 * self.streams if self.single_pass else self.streams
+
+    @property
+    def without_norm(self) -> "SiteSpec":
+        """The site as the ops have it that leave branch inputs as they are."""
+        return replace(self, branch_norm="none", branch_eps=0.0, branch_rounds=False)
 
     def encode(self) -> str:
         """Write the specification as text; fields at their default are left out.
@@ -153,6 +175,9 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "single_pass": _read_bool,
     "dim": int,
     "kernels": str,
+    "branch_norm": str,
+    "branch_eps": float,
+    "branch_rounds": _read_bool,
 }
 
 

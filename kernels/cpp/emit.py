@@ -31,13 +31,14 @@ from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 """The dtypes that streams can have, and their names in the source."""
 
-Part = Literal["site", "replay", "head", "ends", "sinkhorn"]
-"""What a library is for: pre, post and seam of a site (of a static one post alone); several dynamic
-sites at once; a dynamic learned collapse; sums of the streams with the same weights for all tokens;
-Sinkhorn alone."""
+Part = Literal["site", "normed", "replay", "head", "ends", "sinkhorn"]
+"""What a library is for: pre, post and seam of a site (of a static one post alone); the seam of a
+dynamic one with the norm of its branch; several dynamic sites at once; a dynamic learned collapse;
+sums of the streams with the same weights for all tokens; Sinkhorn alone."""
 
 _LOOPS: dict[Part, tuple[str, ...]] = {
-    "site": ("projection", "coefficients", "pre", "post", "seam", "phi"),
+    "site": ("projection", "coefficients", "pre", "post", "seam", "seam_plain", "phi"),
+    "normed": ("projection", "coefficients", "post", "seam", "seam_norm"),
     "replay": ("replay",),
     "head": ("projection", "coefficients", "pre"),
     "ends": ("ends",),
@@ -88,7 +89,8 @@ def site_source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
         writes = (_write_streams(spec), _write_streams_backward(spec))
         matrix = constraint_of(spec).cpp(spec)
         reads = (_gates(spec), matrix, _read_streams(n)) if spec.dynamic else ()
-        texts = (_streams(n, dtype), _site(spec), *reads, *writes)
+        norm = (_branch_norm(spec),) if part == "normed" else ()
+        texts = (_streams(n, dtype), _site(spec), *norm, *reads, *writes)
     return "\n".join(texts)
 
 
@@ -122,6 +124,15 @@ constexpr int GROUPS = 3;  // scales of logits
 constexpr int S = {norms};  // norms, and projected rows, per token
 constexpr int WORK = {dz_width(2 * n + k + norms, n)};  // stride of dz
 {mixes}constexpr float NORM_EPS = {literal(spec.norm_eps)};
+"""
+
+
+def _branch_norm(spec: SiteSpec) -> str:
+    return f"""\
+// The branch starts with a norm: {spec.branch_norm}.
+constexpr bool CENTRED = {_flag(spec.branch_norm == "layer")};
+constexpr bool ROUNDS = {_flag(spec.branch_rounds)};  // before the weight is applied
+constexpr float BRANCH_EPS = {literal(spec.branch_eps)};
 """
 
 

@@ -157,6 +157,7 @@ struct Whole {
   template <typename T> INLINE vec get(const T* p) { return load(p); }
   template <typename T> INLINE void put(T* p, vec v) { store(p, v); }
   template <typename T> INLINE void put_far(T* p, vec v) { store(p, v); }
+  INLINE vec only(vec v) { return v; }
 };
 
 struct Streamed : Whole {
@@ -169,6 +170,11 @@ struct Part {
   template <typename T> MEMBER vec get(const T* p) const { return load(p, count); }
   template <typename T> MEMBER void put(T* p, vec v) const { store(p, v, count); }
   template <typename T> MEMBER void put_far(T* p, vec v) const { store(p, v, count); }
+  MEMBER vec only(vec v) const {  // zero where the row has no channel
+    float part[L];
+    store(part, v);
+    return load(part, count);
+  }
 };
 
 // Calls step(channel, access) for all vectors of a row.

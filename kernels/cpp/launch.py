@@ -15,6 +15,7 @@ from mhc_compile.kernels.cpp.launch_ends import (
 )
 from mhc_compile.kernels.cpp.launch_replay import replay
 from mhc_compile.kernels.cpp.launch_seam import seam, seam_backward
+from mhc_compile.kernels.cpp.launch_seam_norm import seam_norm, seam_norm_backward
 from mhc_compile.kernels.cpp.launch_site import (
     post,
     post_backward,
@@ -39,6 +40,8 @@ __all__ = [
     "replay",
     "seam",
     "seam_backward",
+    "seam_norm",
+    "seam_norm_backward",
     "sinkhorn",
     "sinkhorn_backward",
 ]

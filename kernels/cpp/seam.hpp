@@ -1,17 +1,18 @@
 // mhc::seam and its gradient: post of one site and pre of the next. A block of L tokens of the state
 // between them stays in the caches; going back, it is made anew from the state before. Forward 2n + 2
-// rows are read or written, backward 3n + 3.
+// rows are read or written, backward 3n + 3. A norm of u changes none of this: u is rebuilt with that
+// state.
 
-extern "C" long mhc_seam_workspace(long channels, int threads) {
-  const Sizes size(channels);
-  return size.phi + threads * size.block;
-}
+// Without a norm of the branch input.
+struct NoNorm {
+  static constexpr bool APPLIES = false;
+};
 
-extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_post,
-                         const float* h_res, const float* phi, const float* bias,
-                         const float* alpha, stream_t* Y, stream_t* U, float* next_post,
-                         float* next_res, float* saved, float* workspace, long tokens,
-                         long channels, int threads) {
+template <typename Norm>
+static void seam(const stream_t* X, const stream_t* F, const float* h_post, const float* h_res,
+                 const float* phi, const float* bias, const float* alpha, stream_t* Y, stream_t* U,
+                 float* next_post, float* next_res, float* saved, Norm norm, float* workspace,
+                 long tokens, long channels, int threads) {
   const Sizes size(channels);
   const long row = N * channels;
 #pragma omp parallel num_threads(threads)
@@ -41,25 +42,25 @@ extern "C" void mhc_seam(const stream_t* X, const stream_t* F, const float* h_po
       project_block(size, rows, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {next_post, next_res, saved}, pre);
       take_given(h_post, block, pre);
-      read_block(size, rows, block, pre, U);
+      for (int i = 0; i < block.count; ++i) {
+        stream_t* const u = U + (t + i) * channels;
+        read_token(size, rows, i, pre, u);
+        if constexpr (Norm::APPLIES) norm.put(u, t + i, channels);
+      }
     }
     finish_streams();
   }
 }
 
-extern "C" long mhc_seam_backward_workspace(long channels, int threads) {
-  const Sizes size(channels);
-  return size.phi + threads * (size.phi + size.sums + 2 * size.block + L * size.padded);
-}
-
 // Either dphi or dz is null, as in `mhc_pre_backward`.
-extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const float* dnext_post,
-                                  const float* dnext_res, const stream_t* X, const stream_t* F,
-                                  const float* h_post, const float* h_res, const float* phi,
-                                  const float* bias, const float* alpha, const float* saved,
-                                  stream_t* dX, stream_t* dF, float* dh_post, float* dh_res,
-                                  float* dphi, float* dbias, float* dalpha, float* dz,
-                                  float* workspace, long tokens, long channels, int threads) {
+template <typename Norm>
+static void seam_backward(const stream_t* dY, const stream_t* dU, const float* dnext_post,
+                          const float* dnext_res, const stream_t* X, const stream_t* F,
+                          const float* h_post, const float* h_res, const float* phi,
+                          const float* bias, const float* alpha, const float* saved, stream_t* dX,
+                          stream_t* dF, float* dh_post, float* dh_res, float* dphi, float* dbias,
+                          float* dalpha, float* dz, Norm norm, float* workspace, long tokens,
+                          long channels, int threads) {
   const Sizes size(channels);
   const long row = N * channels;
   float* const packed = workspace;
@@ -73,6 +74,7 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
     if (phi_sum) std::memset(phi_sum, 0, size.phi * sizeof(float));
     float* const y = copies + thread() * (2 * size.block + L * size.padded);
     float *const g_copy = y + size.block, *const du_copy = g_copy + size.block;
+    if constexpr (Norm::APPLIES) norm.begin(size, du_copy);
     Shared sums;
     const Range range = share(tokens);
     const bool streamed = far(dX, tokens, row);
@@ -81,9 +83,12 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
       const int count = block.count;
       const Rows g =
           staged(dY + t * row, g_copy, N, channels, size.padded, size.stride, count);
-      const Rows du =
-          staged(dU + t * channels, du_copy, 1, channels, size.padded, size.padded, count);
-      vec dots[N][L] = {};
+      Rows du{du_copy, size.padded};
+      vec dots[N][L] = {}, pre[N];
+      if constexpr (Norm::APPLIES)
+        read_weights(saved, bias, alpha, block, pre);
+      else
+        du = staged(dU + t * channels, du_copy, 1, channels, size.padded, size.padded, count);
       for (int i = 0; i < count; ++i) {
         float* const kept = y + i * size.stride;
         const float* const du_row = du.at + i * du.stride;
@@ -93,8 +98,15 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
                       [&](long c, auto at, int j, vec value) ALWAYS_INLINE {
                         value = rounded<stream_t>(value);
                         store(kept + j * size.padded + c, value);
-                        products[j] += value * load(du_row + c);
+                        if (!Norm::APPLIES) products[j] += value * load(du_row + c);
                       });
+        if constexpr (Norm::APPLIES) {
+          norm.put_backward(dU + (t + i) * channels, {y, size.stride}, size, i, t + i, pre,
+                            du_copy + i * size.padded);
+          for (long c = 0; c < size.padded; c += L)
+            UNROLL for (int j = 0; j < N; ++j)
+              products[j] += load(kept + j * size.padded + c) * load(du_row + c);
+        }
         for (int j = 0; j < N; ++j) dots[j][i] = products[j];
       }
       clear_after(y, size.stride, count);
@@ -122,5 +134,6 @@ extern "C" void mhc_seam_backward(const stream_t* dY, const stream_t* dU, const 
     }
     finish_streams();
     share_gradients(size, sums, phi_sums, vector_sums, dphi, dbias, dalpha);
+    if constexpr (Norm::APPLIES) norm.end(size);
   }
 }

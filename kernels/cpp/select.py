@@ -46,6 +46,8 @@ def parts(op: str, spec: SiteSpec, learned: bool) -> tuple[Part, ...]:
         return ("head" if learned and spec.dynamic else "ends",)
     if op.startswith("mhc::read"):
         return ("ends",)
+    if op.startswith("mhc::seam_norm"):
+        return ("normed",)
     if op == "mhc::replay":
         return ("replay",)
     if spec.dynamic or op.startswith("mhc::post"):
