@@ -12,13 +12,29 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
-from mhc_compile.kernels import ops_ends, ops_post, ops_pre, ops_read, ops_seam, ops_sinkhorn
+from mhc_compile.kernels import (
+    ops_ends,
+    ops_post,
+    ops_pre,
+    ops_read,
+    ops_seam,
+    ops_seam_norm,
+    ops_sinkhorn,
+)
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 
 Placements = list[Placement | None]
 
-_MODULES = (ops_ends, ops_post, ops_pre, ops_read, ops_seam, ops_sinkhorn)  # they define the ops
+_MODULES = (
+    ops_ends,
+    ops_post,
+    ops_pre,
+    ops_read,
+    ops_seam,
+    ops_seam_norm,
+    ops_sinkhorn,
+)  # they define the ops
 
 # Results and arguments of each op. A state is [..., n, C] (or another layout), a narrow tensor what
 # the un-widened model has; h_post, h_res and saved are by token if the site is dynamic. A leading d
@@ -46,6 +62,15 @@ _OPS = {
     "seam_backward": (
         f"state narrow dh_post dh_res {_GRADIENTS}",
         f"state narrow dh_post dh_res state narrow h_post h_res {_PARAMETERS} saved -",
+    ),
+    "seam_norm": (
+        "state narrow h_post h_res saved saved",
+        f"state narrow h_post h_res {_PARAMETERS} weight shift -",
+    ),
+    "seam_norm_backward": (
+        f"state narrow dh_post dh_res {_GRADIENTS} dweight dshift",
+        f"state narrow dh_post dh_res state narrow h_post h_res {_PARAMETERS} weight shift "
+        "saved saved -",
     ),
 }
 
@@ -105,7 +130,8 @@ def _place(
     if role == "narrow":
         return Shard(axis if axis < streams else axis - 1)
     kind = role.removeprefix("d")
-    by_token = site is not None and site.dynamic and kind != "param"
+    shared = kind in ("param", "weight", "shift")
+    by_token = site is not None and site.dynamic and not shared
     if kind == "h_res" and site is not None:
         by_token = by_token and constraint_of(site).mixes
     if by_token:

@@ -137,7 +137,9 @@ def compile_frame(
     widening = bind(analysis, matches.records, sites_of, node_of, arriving, borders.departures)
     run_passes(copy, (), rewrite_passes(widening), observe)
     borders.leave(copy, widening)
-    improving = improving_passes(config.skip_passes, recompute=_recompute(config))
+    improving = improving_passes(
+        config.skip_passes, recompute=_recompute(config), seam_norm=config.seam_norm
+    )
     run_passes(copy, (), improving, observe)
     nodes = _inputs(copy)
     given_inputs = [borders.example(n) if borders.is_state(n) else example_of(n) for n in nodes]

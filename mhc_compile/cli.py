@@ -195,7 +195,7 @@ def _build(options: argparse.Namespace, tell: Callable[[str], None]) -> Built:
 def _config(options: argparse.Namespace) -> MHCConfig:
     """The fields that were named on the command line; all others keep their default."""
     names = [field for field, _, _ in _CONFIG_FLAGS.values()]
-    names += ["include", "exclude", "dynamic", "single_pass"]
+    names += ["include", "exclude", "dynamic", "single_pass", "seam_norm"]
     values = {name: getattr(options, name, None) for name in names}
     return MHCConfig(**{name: value for name, value in values.items() if value is not None})
 
@@ -347,6 +347,13 @@ def _config_flags(parser: argparse.ArgumentParser, flags: Iterable[str]) -> argp
         const=True,
         help="read the streams by the weights of the site before",
     )
+    if "--recompute" in flags:  # it is about graphs
+        config.add_argument(
+            "--seam-norm",
+            action="store_const",
+            const=True,
+            help="have seams apply the norm with which a branch starts",
+        )
     return config
 
 

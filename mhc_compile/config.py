@@ -90,11 +90,15 @@ class MHCConfig:
     """"auto" runs work that a collective does not need between its start and its wait, on the
     graphs of AOTAutograd; where Inductor's own overlap scheduling is switched on, that does it.
     "off" leaves the order of the program."""
+    seam_norm: bool = False
+    """Whether seams apply the RMSNorm or LayerNorm with which the next branch starts, where that is
+    all that reads its input: `mhc_compile.passes.seam_norms`. Sites that ``recompute`` makes again
+    keep norms of their own, so that training gains with ``recompute="off"`` alone."""
     side_stream: bool = False
     """Whether the work of the streams around MLPs runs on a second stream of a GPU, where the
     estimate says that it gains by it; with ``inner="inductor"`` only. No GPU has run this yet."""
     skip_passes: tuple[str, ...] = ()
-    """Passes to leave out: ``join_seams_pass``, ``accumulate_gradients_pass``,
+    """Passes to leave out: ``join_seams_pass``, ``join_norms_pass``, ``accumulate_gradients_pass``,
     ``split_sites_pass``, ``overlap_collectives_pass``, ``assign_streams_pass``,
     ``lower_streams_pass``. The result is the same, and slower."""
     on_eager: OnEager = "raise"
@@ -132,8 +136,11 @@ class MHCConfig:
                 f"recompute={self.recompute!r} is not allowed: use 'auto', 'off' or the number of "
                 "sites in a block"
             )
-        if not isinstance(self.side_stream, bool):
-            raise ConfigError(f"side_stream={self.side_stream!r} is not allowed: use True or False")
+        for name in ("seam_norm", "side_stream"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is not allowed: use True or False"
+                )
         if (self.collapse == "pre") != self.single_pass:
             raise ConfigError(
                 f"collapse={self.collapse!r} is not allowed with single_pass={self.single_pass}: "

@@ -177,7 +177,9 @@ class Matches:
         )
 
 
-_AT_COMPILE = frozenset({"inner", "overlap", "recompute", "side_stream", "skip_passes"})
+_AT_COMPILE = frozenset(
+    {"inner", "overlap", "recompute", "seam_norm", "side_stream", "skip_passes"}
+)
 """Options that say how a widened graph is compiled: they may differ from the conversion's."""
 
 

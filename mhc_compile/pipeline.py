@@ -14,6 +14,7 @@ from mhc_compile.passes.gradients import accumulate_gradients_pass
 from mhc_compile.passes.overlap import Overlap, overlap_collectives_pass
 from mhc_compile.passes.recompute import tag_recompute_pass
 from mhc_compile.passes.replay import keep_mappings_pass, replay_sites_pass
+from mhc_compile.passes.seam_norms import join_norms_pass
 from mhc_compile.passes.seams import join_seams_pass
 from mhc_compile.passes.split import split_sites_pass
 from mhc_compile.passes.stream_lowering import lower_streams_pass
@@ -24,7 +25,8 @@ Pass = Callable[[GraphModule, Sequence[Any]], PassResult]
 Observer = Callable[[str, GraphModule], None]
 
 OPTIONAL_PASSES = (
-    *("join_seams_pass", "keep_mappings_pass", "replay_sites_pass", "accumulate_gradients_pass"),
+    *("join_seams_pass", "join_norms_pass", "keep_mappings_pass", "replay_sites_pass"),
+    "accumulate_gradients_pass",
     *("split_sites_pass", "overlap_collectives_pass"),
     *("assign_streams_pass", "lower_streams_pass"),
 )
@@ -58,13 +60,17 @@ def rewrite_passes(widening: Widening) -> list[tuple[str, Pass]]:
 
 
 def improving_passes(
-    skip: Collection[str] = (), *, recompute: int | Literal["auto", "off"] = "off"
+    skip: Collection[str] = (),
+    *,
+    recompute: int | Literal["auto", "off"] = "off",
+    seam_norm: bool = False,
 ) -> list[tuple[str, Pass]]:
     """What happens to a graph of mhc ops, wherever they come from, in order.
 
     Args:
         skip: names to leave out, of `OPTIONAL_PASSES`.
         recompute: as in `MHCConfig`.
+        seam_norm: likewise.
     """
     length = recompute if isinstance(recompute, int) else None
     passes: list[tuple[str, Pass]] = []
@@ -73,6 +79,8 @@ def improving_passes(
         passes.append(("tag_recompute_pass", tag))
     # After the tags: a seam across the start of a block would make its state twice.
     passes.append(("join_seams_pass", join_seams_pass))
+    if seam_norm:
+        passes.append(("join_norms_pass", join_norms_pass))
     return [(name, function) for name, function in passes if name not in skip]
 
 

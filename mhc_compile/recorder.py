@@ -21,6 +21,7 @@ from mhc_compile.capture import Capture, TrunkPiece
 from mhc_compile.config import MHCConfig
 from mhc_compile.graph_text import traffic
 from mhc_compile.hosts import erase_markers
+from mhc_compile.kernels.cpp.emit import Part
 from mhc_compile.kernels.cpp.emit import source as cpp_source
 from mhc_compile.kernels.cpp.select import obstacle
 from mhc_compile.mlir import to_mlir
@@ -217,10 +218,17 @@ def _unmarked(gm: GraphModule) -> GraphModule:
     return copy
 
 
+_CPP_PARTS: dict[Any, Part] = {
+    torch.ops.mhc.pre.default: "site",
+    torch.ops.mhc.seam.default: "site",
+    torch.ops.mhc.seam_norm.default: "normed",
+}
+
+
 def _kernel_sources(gm: GraphModule) -> Iterator[tuple[str, str]]:
     """(file name, C++) of every kernel that the mhc ops of a graph call for."""
     for node in gm.graph.nodes:
-        if node.target not in (torch.ops.mhc.pre.default, torch.ops.mhc.seam.default):
+        if node.target not in _CPP_PARTS:
             continue
         spec, state = spec_of(node), node.args[0]
         X = value_of(state) if isinstance(state, Node) else None
@@ -228,7 +236,10 @@ def _kernel_sources(gm: GraphModule) -> Iterator[tuple[str, str]]:
             continue
         if obstacle(spec, X) is None:
             dtype = str(X.dtype).removeprefix("torch.")
-            yield f"{spec.constraint}_n{spec.streams}_{dtype}.cpp", cpp_source(spec, X.dtype)
+            part = _CPP_PARTS[node.target]
+            norm = f"_{spec.branch_norm}" if part == "normed" else ""
+            name = f"{spec.constraint}_n{spec.streams}{norm}_{dtype}.cpp"
+            yield name, cpp_source(spec, X.dtype, part)
 
 
 def merged(reports: Sequence[Report]) -> Report:

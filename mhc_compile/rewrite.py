@@ -80,7 +80,8 @@ def rewrite(
     attributes = _Attributes(exported, scope.names, built)
     widening = bind(analysis, matches.records, sites_in, attributes.node_of, {})
     run_passes(exported, (), rewrite_passes(widening), observe)
-    run_passes(exported, (), improving_passes(config.skip_passes), observe)
+    improving = improving_passes(config.skip_passes, seam_norm=config.seam_norm)
+    run_passes(exported, (), improving, observe)
     return exported
 
 

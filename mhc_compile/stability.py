@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.passes.states import COLLAPSE, PRE, READ, SEAM, trunk_of_states
+from mhc_compile.passes.states import COLLAPSE, PRE, READ, SEAM, SEAM_NORM, trunk_of_states
 from mhc_compile.passes.values import source_line
 from mhc_compile.rewrite import rewrite
 
@@ -162,7 +162,7 @@ class _Observer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target in (PRE, SEAM):
+        if n.target in (PRE, SEAM, SEAM_NORM):
             # A seam also makes the state that its pre reads.
             X, h_res = (self._state(n), result[2]) if n.target is PRE else (result[0], result[3])
             spec = SiteSpec.decode(cast("str", _argument(n, "spec")))

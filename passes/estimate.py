@@ -230,6 +230,8 @@ def _mhc_flops(node: Node) -> int:
         "seam": pre + post,
         "seam_backward": 2 * (pre + post) + again,
         "seam_backward_dz": 2 * (pre + post) + again - phi,
+        "seam_norm": pre + post,
+        "seam_norm_backward": 2 * (pre + post) + again + read,  # u, which was not kept either
         "read": read,
         "read_backward": 2 * read,
         "collapse": pre,

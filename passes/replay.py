@@ -23,10 +23,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.passes.schedule import dependences, reorder, stable_order
-from mhc_compile.passes.states import INPUT_AT, POST, PRE, SEAM, result_of, spec_of
+from mhc_compile.passes.states import INPUT_AT, POST, PRE, SEAM, SEAM_NORM, result_of, spec_of
 from mhc_compile.passes.values import RECOMPUTE, meta_of_part, value_of
 
 _KEEP, _REPLAY = torch.ops.mhc.keep.default, torch.ops.mhc.replay.default
+_EXITS = (POST, SEAM, SEAM_NORM)
 _BACKWARD = {
     # Where a backward op has the arguments of its forward; what was saved comes behind them.
     torch.ops.mhc.pre_backward.default: (PRE, slice(3, 7)),
@@ -90,7 +91,7 @@ def _is_ours(site: Node) -> bool:
     if not _is_recomputed(site):
         return False
     readers = [user for part in _mappings(site) for user in part.users]
-    branches = [node.args[1] for node in (site, *readers) if node.target in (POST, SEAM)]
+    branches = [node.args[1] for node in (site, *readers) if node.target in _EXITS]
     return not any(isinstance(f, Node) and _is_recomputed(f) for f in branches)
 
 

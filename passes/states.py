@@ -18,7 +18,7 @@ SEAM, COLLAPSE, READ = (
     torch.ops.mhc.collapse.default,
     torch.ops.mhc.read.default,
 )
-
+SEAM_NORM = torch.ops.mhc.seam_norm.default
 
 INPUT_AT: dict[Any, int] = {PRE: 0, SEAM: 1}
 """Which result of an op is the branch input; the mappings come behind it, the state before."""
@@ -48,11 +48,11 @@ def trunk_of_states(graph: Graph) -> dict[Node, int]:
     for node in graph.nodes:
         if node.target is EXPAND:
             trunk_of[node] = len(set(trunk_of.values()))
-        elif node.target in (PRE, POST, SEAM, COLLAPSE, READ):
+        elif node.target in (PRE, POST, SEAM, SEAM_NORM, COLLAPSE, READ):
             state = node.args[0]
             if state not in trunk_of:  # it comes from another graph
                 trunk_of[state] = len(set(trunk_of.values()))
-            if node.target in (POST, SEAM):
+            if node.target in (POST, SEAM, SEAM_NORM):
                 trunk_of[node] = trunk_of[state]
         elif not _is_mapping(node):
             carried = [trunk_of[source] for source in node.all_input_nodes if source in trunk_of]
@@ -64,4 +64,4 @@ def trunk_of_states(graph: Graph) -> dict[Node, int]:
 def _is_mapping(node: Node) -> bool:
     """Whether the node takes something else than the state out of a seam."""
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, Node) and source.target is SEAM and node.args[1:] != (0,)
+    return isinstance(source, Node) and source.target in (SEAM, SEAM_NORM) and node.args[1:] != (0,)

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile.passes.collectives import is_collective, is_wait
 from mhc_compile.passes.opnames import op_name, two_inputs
-from mhc_compile.passes.states import POST, PRE, SEAM
+from mhc_compile.passes.states import POST, PRE, SEAM, SEAM_NORM
 from mhc_compile.passes.stream_graph import kernel_inputs, kernel_users, launches, maker
 from mhc_compile.passes.values import carries_float
 from mhc_compile.passes.vocabulary import CONVOLUTION, MATMUL, RECURRENT, is_opaque
@@ -28,6 +28,7 @@ _BACKWARD = (
     torch.ops.mhc.post_backward.default,
     torch.ops.mhc.seam_backward.default,
     torch.ops.mhc.seam_backward_dz.default,
+    torch.ops.mhc.seam_norm_backward.default,
     _BRANCH,
 )
 _REPLAYED = (PRE, POST, SEAM, torch.ops.mhc.replay.default)
@@ -54,7 +55,7 @@ def side_kernels(graph: Graph) -> set[Node]:
     for node in graph.nodes:
         is_replay = bool(backward) and node.target in _REPLAYED
         is_next = node.target is PRE and maker(node.args[0]) in chosen
-        is_exit = node.target in (POST, SEAM) and _is_mlp_forward(_branch_output(node))
+        is_exit = node.target in (POST, SEAM, SEAM_NORM) and _is_mlp_forward(_branch_output(node))
         is_rest = node.target is _STATE and _branch_of(node) in chosen
         if is_replay or is_next or is_exit or is_rest:
             chosen.add(node)

@@ -87,6 +87,13 @@ CONSTRUCTOR = frozenset(
     "zero fill",
 )
 
+# A reader that sees sizes and kinds of its input, but no values: any tensor of the shape will do.
+SHAPE_ONLY = frozenset({
+    "device", "dim", "dtype", "empty_like", "full_like", "is_floating_point", "ndim", "new_empty",
+    "new_full", "new_ones", "new_zeros", "numel", "ones_like", "rand_like", "randn_like", "shape",
+    "size", "sym_numel", "sym_size", "zeros_like",
+})  # fmt: skip
+
 # Bits that `traits` hands out.
 MIXES = 1
 BENDS = 2

@@ -22,12 +22,7 @@ from mhc_compile.passes.lanes import emit_lane
 from mhc_compile.passes.opnames import op_name
 from mhc_compile.passes.plan import Boundary, Plan, PlannedSite
 from mhc_compile.passes.values import dims, dtype_of, meta_of_part
-
-_SHAPE_ONLY = frozenset({
-    "device", "dim", "dtype", "empty_like", "full_like", "is_floating_point", "ndim", "new_empty",
-    "new_full", "new_ones", "new_zeros", "numel", "ones_like", "rand_like", "randn_like", "shape",
-    "size", "sym_numel", "sym_size", "zeros_like",
-})  # fmt: skip
+from mhc_compile.passes.vocabulary import SHAPE_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +257,7 @@ class _Widener:
 
 def _reads_shape_only(node: Node) -> bool:
     """Whether a reader sees sizes and kinds but no values: any tensor of the shape will do."""
-    return op_name(node) in _SHAPE_ONLY
+    return op_name(node) in SHAPE_ONLY
 
 
 def _describe(node: Node, origin: Node, name: str) -> None:

@@ -40,6 +40,8 @@ def test_the_passes_and_their_order_are_these():
     assert [name for name, _ in improving_passes()] == ["join_seams_pass"]
     names = [name for name, _ in improving_passes(recompute="auto")]
     assert names == ["tag_recompute_pass", "join_seams_pass"]
+    names = [name for name, _ in improving_passes(recompute="auto", seam_norm=True)]
+    assert names == ["tag_recompute_pass", "join_seams_pass", "join_norms_pass"]
     assert [name for name, _ in joint_passes()] == ["keep_mappings_pass"]
     first = ["replay_sites_pass", "accumulate_gradients_pass"]
     assert [name for name, _ in lowered_passes()] == first
@@ -54,7 +56,7 @@ def test_the_passes_and_their_order_are_these():
 
 
 def test_passes_that_only_improve_can_be_left_out_by_name():
-    assert improving_passes(OPTIONAL_PASSES) == []
+    assert improving_passes(OPTIONAL_PASSES, seam_norm=True) == []
     assert joint_passes(OPTIONAL_PASSES) == []
     assert lowered_passes(OPTIONAL_PASSES, overlap="auto", side_stream=True) == []
 
@@ -63,7 +65,7 @@ def test_every_pass_takes_graph_and_inputs_and_leaves_a_plain_graph_alone():
     passes = [
         *canonical_passes("auto", []),
         *rewrite_passes(Widening(Plan(), {})),
-        *improving_passes(),
+        *improving_passes(seam_norm=True),
         *lowered_passes(overlap="auto", side_stream=True),
     ]
     for _, function in passes:

@@ -56,7 +56,8 @@ def lines_of(role: Role, nodes: Sequence[Node], parts: Sequence[str], site: str)
         case "post":
             return (f"mhc.post  {site}", "H_res X + H_post f")
         case "seam":
-            return (f"mhc.seam  {site}", "post, and pre of the next")
+            with_norm = " with its norm" if op_name(first) == "mhc.seam_norm" else ""
+            return (f"{op_name(first)}  {site}", f"post, and pre of the next{with_norm}")
         case "collapse":
             return (
                 ("mhc.read  H_pre X",)

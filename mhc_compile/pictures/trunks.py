@@ -18,6 +18,7 @@ _OPS: dict[str, Role] = {
     "mhc.pre": "pre",
     "mhc.post": "post",
     "mhc.seam": "seam",
+    "mhc.seam_norm": "seam",
     "mhc.collapse": "collapse",
     "mhc.read": "collapse",
 }
