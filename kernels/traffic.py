@@ -32,6 +32,8 @@ def least_rows(streams: int) -> dict[str, int]:
         "seam_backward": 2 * n + 2 + n + 1,  # dX', du, X, f -> dX, df
         "seam_backward_dz": 2 * n + 2 + n + 1,
         "phi_backward, seam": n + 1,  # X, f
+        "seam_norm": n + 1 + n + 1,  # X, f -> X', norm(u)
+        "seam_norm_backward": 2 * n + 2 + n + 1,
         "replay": n + 1 + REPLAYED * (n + 2),  # X, some f -> as many X', u, and that of X
         "collapse": n + 1,  # X -> x
         "learned collapse": n + 1,  # X -> x

@@ -12,6 +12,7 @@ from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton.emit_backward import backward_kernels, maps_backward_function
 from mhc_compile.kernels.triton.emit_ends import end_kernels
+from mhc_compile.kernels.triton.emit_norm import NORM_HELPER
 from mhc_compile.kernels.triton.emit_post import post_kernels
 from mhc_compile.kernels.triton.emit_pre import maps_function, pre_kernels
 from mhc_compile.kernels.triton.emit_replay import replay_kernel, replay_kernels
@@ -49,6 +50,8 @@ def source(spec: SiteSpec, dtype: torch.dtype) -> str:
         Python text that imports nothing but triton.
     """
     functions = [_HELPERS, constraint_of(spec).triton(spec)]
+    if spec.branch_norm != "none":
+        functions.append(NORM_HELPER)
     if spec.dynamic:
         for maps in _all_maps(spec):
             functions += [maps_function(spec, maps), maps_backward_function(spec, maps)]

@@ -14,6 +14,15 @@ from collections.abc import Iterator
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton.emit_norm import (
+    add_products,
+    branch_input,
+    centred,
+    finish_products,
+    gradient_of_u,
+    load_statistics,
+    start_products,
+)
 from mhc_compile.kernels.triton.emit_post import (
     given_weight,
     load_mappings,
@@ -47,6 +56,8 @@ def backward_kernels(spec: SiteSpec, maps: Maps) -> list[Kernel]:
         kernels += [make(spec, maps, seam) for make in makers]
     if maps.prefix == "pre":
         kernels += [_streams(spec, maps, seam=False, more=True), _sum_products(spec, seam=True)]
+    if maps.prefix == "pre" and spec.branch_norm != "none":
+        kernels += [make(spec, maps, seam=True, norm=True) for make in (_maps, _streams)]
     if maps.given:
         kernels.append(_sum_products(spec, seam=False))
     return kernels
@@ -83,7 +94,7 @@ def _maps_arguments(maps: Maps) -> tuple[str, ...]:
     return ("BIAS", "ALPHA", "SAVED", *grads, "WORK", "SUMS")
 
 
-def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
+def _maps(spec: SiteSpec, maps: Maps, seam: bool, norm: bool = False) -> Kernel:
     n = spec.streams
 
     def step() -> Iterator[str]:
@@ -98,7 +109,21 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
                 yield from next_stream(spec, i, store=False)
             else:
                 yield f"v{i} = read({stream('X + row', i)}, live)"
-            yield f"d{i} += v{i} * du"
+            if not norm:
+                yield f"d{i} += v{i} * du"
+        if norm:
+            yield from branch_input(spec)
+            yield from add_products(spec)
+
+    def products_of_norm() -> Iterator[str]:
+        yield from logits(maps, n)
+        yield from pre_weights(maps)
+        yield from (f"w{i} = w{i}[:, None]" for i in range(n))
+        if centred(spec):
+            yield from load_statistics(spec, "[:, None]")
+        yield from start_products(spec)
+        yield from loop("for start in range(0, C, BC)", step())
+        yield from finish_products(spec)
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
@@ -107,18 +132,28 @@ def _maps(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
             return
         if seam and keeps_mappings(spec):
             yield from load_mappings(spec, "t", COLUMN)
-        yield from (f"d{i} = tl.zeros([BT, BC], tl.float32)" for i in range(n))
-        yield from loop("for start in range(0, C, BC)", step())
-        dots = [f"tl.sum(d{i}, 1)" for i in range(n)]
+        if norm:
+            yield from products_of_norm()
+        else:
+            yield from (f"d{i} = tl.zeros([BT, BC], tl.float32)" for i in range(n))
+            yield from loop("for start in range(0, C, BC)", step())
+        dots = [f"d{i}" if norm else f"tl.sum(d{i}, 1)" for i in range(n)]
         arguments = [*dots, *_maps_arguments(maps), "C", "t", "there"]
         yield from call(f"{maps.prefix}_maps_backward", arguments)
 
     source = "dH_pre of the next site" if maps.given else "dH_pre[i] = <X_i, du>"
+    name = "seam_norm" if norm else "seam" if seam else maps.prefix
+    if norm:
+        source = "dH_pre[i] = <X_i, du> by way of the norm"
     return Kernel(
-        name="seam_backward_maps" if seam else f"{maps.prefix}_backward_maps",
+        name=f"{name}_backward_maps",
         comment=f"{source}, then back to dz; sums for bias and alpha over the program's\ntokens.",
         streams=() if maps.given else ("X", "F", "DU") if seam else ("X", "DU"),
-        floats=(*(("H_POST", "H_RES") if seam else ()), *_maps_arguments(maps)),
+        floats=(
+            *(("H_POST", "H_RES") if seam else ()),
+            *_maps_arguments(maps),
+            *(("WEIGHT", "STATISTICS", "THROUGH") if norm else ()),
+        ),
         integers=("T",),
         constants=("C", "BT", "BC"),
         body=tuple(body()),
@@ -223,7 +258,9 @@ def _stream(spec: SiteSpec, seam: bool, j: int) -> Iterator[str]:
         yield f"v{j} = read({stream('X + row', j)}, live)"
 
 
-def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kernel:
+def _streams(
+    spec: SiteSpec, maps: Maps, seam: bool, more: bool = False, norm: bool = False
+) -> Kernel:
     n, count = spec.streams, product_count(spec, seam)
     first_pre = count - (spec.gates - n)  # products: H_res, H_post, then H_pre of the site before
     gates = "H_POST" if seam else "GATES"
@@ -234,16 +271,25 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kern
         yield from _load_dz(maps)
         if count:
             yield f"products = PRODUCTS + tl.program_id(0).to(tl.int64) * {count} * T + t"
+        if norm:
+            yield from load_statistics(spec, "[:, None]")
+            for j in range(n):
+                yield from _stream(spec, seam, j)
+                yield f"w{j} = {COLUMN.format(f'work + {maps.saved + j}')}"
+            yield from branch_input(spec)
+            yield from gradient_of_u(spec)
         for j in range(n):
             s = j % maps.norms
-            yield from _stream(spec, seam, j)
+            if not norm:
+                yield from _stream(spec, seam, j)
             if maps.given:
                 value = f"tl.sum(v{j} * du, 1)"
                 yield f"tl.store(products + {first_pre + j} * T, {value}, mask=there)"
             if maps.norms == 1 or j == 0:
                 yield f"phi = read(PHI + {_at_phi_turned(maps, j)}, of_phi)"
             weight = given_weight(spec, gates, j) if maps.given else f"work + {maps.saved + j}"
-            yield f"w{j} = {COLUMN.format(weight)}"
+            if not norm:
+                yield f"w{j} = {COLUMN.format(weight)}"
             yield f"shrink{j} = read(work + {maps.width + s}, there)[:, None]"
             yield f"g{j} = w{j} * du + shrink{j} * v{j}"
             yield f"g{j} += tl.dot(dz{s}, phi, input_precision=PRECISION)"
@@ -268,15 +314,27 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kern
         if maps.mixes:
             yield from (f"dx{k} {add} r{j * n + k} * g{j}" for k in range(n))
 
+    start_norm = (
+        "weight = read(WEIGHT + c, inside)[None, :]",
+        "dweight = tl.zeros([BC], tl.float32)",
+        "dshift = tl.zeros([BC], tl.float32)",
+    )
+    store_norm = (
+        "part = tl.program_id(1) * C + c",
+        "tl.store(DWEIGHT + part, dweight, mask=inside)",
+        "tl.store(DSHIFT + part, dshift, mask=inside)",
+    )
     body = (
         *_owned_channels(),
         f"m = tl.arange(0, {maps.padded})",
         f"of_phi = (m < {maps.columns})[:, None] & inside[None, :]",
+        *(start_norm if norm else ()),
         *loop("for start in range(first, last, BT)", step()),
+        *(store_norm if norm else ()),
     )
     prefix, plus = ("pre_more", "(what else X gets) + ") if more else (maps.prefix, "")
     if seam:
-        prefix = "seam"
+        prefix = "seam_norm" if norm else "seam"
     return Kernel(
         name=f"{prefix}_backward_streams",
         comment=(
@@ -293,6 +351,7 @@ def _streams(spec: SiteSpec, maps: Maps, seam: bool, more: bool = False) -> Kern
             *(("H_POST", "H_RES") if seam else ("GATES",) if maps.given else ()),
             *("PHI", "WORK"),
             *(("PRODUCTS",) if count else ()),
+            *(("WEIGHT", "STATISTICS", "THROUGH", "DWEIGHT", "DSHIFT") if norm else ()),
         ),
         integers=("T", "SPAN"),
         constants=("C", "BT", "BC", "PRECISION"),

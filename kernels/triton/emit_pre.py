@@ -11,6 +11,7 @@ one reads them, by weights that are there already, and there is no second.
 from collections.abc import Iterator
 
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton.emit_norm import NORM_ARGUMENTS, normalise
 from mhc_compile.kernels.triton.emit_post import (
     carried,
     given_weight,
@@ -31,6 +32,8 @@ def pre_kernels(spec: SiteSpec, maps: Maps) -> list[Kernel]:
     kernels = [_whole(spec, maps, seam=False), _scan(spec, maps, seam=False), _mix(spec, maps)]
     if maps.prefix == "pre":
         kernels += [_whole(spec, maps, seam=True), _scan(spec, maps, seam=True)]
+        if spec.branch_norm != "none":
+            kernels += [_whole(spec, maps, seam=True, norm=True), _mix(spec, maps, norm=True)]
     return kernels
 
 
@@ -69,15 +72,17 @@ def next_stream(spec: SiteSpec, i: int, store: bool) -> Iterator[str]:
         yield f"v{i} = y{i}.to(STREAM).to(tl.float32)"
 
 
-def logits(maps: Maps) -> Iterator[str]:
+def logits(maps: Maps, count: int | None = None) -> Iterator[str]:
     """Equation (16), ``h{m}``, from SAVED; ``hidden{m}``, ``z{m}`` and ``inverse{s}`` stay.
 
-    Everything is a vector over the tokens of the program.
+    Everything is a vector over the tokens of the program. There may be fewer, a ``count``.
     """
-    yield from (f"alpha{g} = tl.load(ALPHA + {g})" for g in range(len(maps.groups)))
+    count = maps.width if count is None else count
+    groups = range(group(maps, count - 1) + 1)
+    yield from (f"alpha{g} = tl.load(ALPHA + {g})" for g in groups)
     yield f"saved = SAVED + t * {maps.saved}"
     yield from (f"inverse{s} = read(saved + {maps.width + s}, there)" for s in range(maps.norms))
-    for m in range(maps.width):
+    for m in range(count):
         yield f"z{m} = read(saved + {m}, there)"
         hidden = f"z{m} * inverse{m % maps.norms}"
         yield f"hidden{m} = {f'tanh({hidden})' if maps.gate == 'tanh' else hidden}"
@@ -226,8 +231,11 @@ def _inverse_norm(maps: Maps) -> str:
     return f"tl.rsqrt({{}} / {norm_values(maps)}{eps})"
 
 
-def _second_pass(spec: SiteSpec, maps: Maps, base: str) -> Iterator[str]:
-    """The mappings, then ``u = sum_i H_pre[i] X_i`` unless the first pass has made it."""
+def _second_pass(spec: SiteSpec, maps: Maps, base: str, norm: bool = False) -> Iterator[str]:
+    """The mappings, then ``u = sum_i H_pre[i] X_i`` unless the first pass has made it.
+
+    With ``norm`` that of u in its place, in further passes over u alone.
+    """
     n = spec.streams
     # Threads read what others stored: z column by column, and a state in another layout.
     yield "tl.debug_barrier()"
@@ -240,13 +248,16 @@ def _second_pass(spec: SiteSpec, maps: Maps, base: str) -> Iterator[str]:
         *block_of_channels(n),
         *load_streams(n, f"{base} + row", "v"),
         *assign("u", [f"w{i} * v{i}" for i in range(n)]),
-        "tl.store(U + t[:, None] * C + c[None, :], u, mask=live)",
     )
-    yield from loop("for start in range(0, C, BC)", step)
+    if norm:
+        yield from normalise(spec, step)
+        return
+    store = "tl.store(U + t[:, None] * C + c[None, :], u, mask=live)"
+    yield from loop("for start in range(0, C, BC)", (*step, store))
 
 
-def _whole(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
-    state = "Y" if seam else "X"
+def _whole(spec: SiteSpec, maps: Maps, seam: bool, norm: bool = False) -> Kernel:
+    state, read = "Y" if seam else "X", "norm(u), u" if norm else "u"
 
     def body() -> Iterator[str]:
         yield from block_of_tokens()
@@ -255,17 +266,21 @@ def _whole(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
         yield from loop("for start in range(0, C, BC)", _first_step(spec, maps, seam))
         yield f"saved = SAVED + t * {maps.saved}"
         yield from _store_sums(maps, "saved", _inverse_norm(maps))
-        yield from _second_pass(spec, maps, state)
+        yield from _second_pass(spec, maps, state, norm)
 
     return Kernel(
-        name="seam" if seam else maps.prefix,
+        name="seam_norm" if norm else "seam" if seam else maps.prefix,
         comment=(
-            "(14) to (19) of X' = H_res X + H_post f, which is stored; u = sum_i H_pre[i] X'_i."
+            "(14) to (19) of X' = H_res X + H_post f, which is stored; "
+            f"{read} = sum_i H_pre[i] X'_i."
             if seam
             else "(14) to (19), then u = sum_i H_pre[i] X_i."
         ),
         streams=("X", "F", "Y", "U") if seam else ("X", "U"),
-        floats=(*_mappings_before(maps, seam), "PHI", *_maps_arguments(maps)),
+        floats=(
+            *(*_mappings_before(maps, seam), "PHI", *_maps_arguments(maps)),
+            *(NORM_ARGUMENTS if norm else ()),
+        ),
         integers=("T",),
         constants=("C", "BT", "BC", "PRECISION"),
         body=tuple(body()),
@@ -298,7 +313,7 @@ def _scan(spec: SiteSpec, maps: Maps, seam: bool) -> Kernel:
     )
 
 
-def _mix(spec: SiteSpec, maps: Maps) -> Kernel:
+def _mix(spec: SiteSpec, maps: Maps, norm: bool = False) -> Kernel:
     padded = power_of_two(maps.width)
 
     def step() -> Iterator[str]:
@@ -319,14 +334,15 @@ def _mix(spec: SiteSpec, maps: Maps) -> Kernel:
         for s in range(maps.norms):
             inverse = _inverse_norm(maps).format(f"square{s}")
             yield f"tl.store(saved + {maps.width + s}, {inverse}, mask=there)"
-        yield from _second_pass(spec, maps, "X")
+        yield from _second_pass(spec, maps, "X", norm)
 
+    read = "norm(u), u" if norm else "u"
     return Kernel(
-        name=f"{maps.prefix}_mix",
+        name="seam_norm_mix" if norm else f"{maps.prefix}_mix",
         comment="(14) to (19) from the sums of all slices"
-        + ("." if maps.given else ", then u = sum_i H_pre[i] X_i."),
+        + ("." if maps.given else f", then {read} = sum_i H_pre[i] X_i."),
         streams=() if maps.given else ("X", "U"),
-        floats=("PARTIAL", *_maps_arguments(maps)),
+        floats=("PARTIAL", *_maps_arguments(maps), *(NORM_ARGUMENTS if norm else ())),
         integers=("T",),
         constants=("C", "SLICE", "BT", "BC"),
         body=tuple(body()),

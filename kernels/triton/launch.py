@@ -12,12 +12,14 @@ import torch
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.layout import PreGradients, SeamGradients
 from mhc_compile.kernels.spec import SiteSpec
-from mhc_compile.kernels.triton import launch_matrix, launch_replay, launch_static
+from mhc_compile.kernels.triton import launch_matrix, launch_norm, launch_replay, launch_static
 from mhc_compile.kernels.triton.emit_backward import product_count
 from mhc_compile.kernels.triton.maps import head_maps, site_maps
 from mhc_compile.kernels.triton.site import Site, floats
 
 replay = launch_replay.replay
+seam_norm = launch_norm.seam_norm
+seam_norm_backward = launch_norm.seam_norm_backward
 
 
 def pre(

@@ -36,6 +36,8 @@ _FORMS = {
     "read_backward": ("read_streams_backward", "static_pre_backward"),
     "seam_backward_dz": ("seam_backward_maps seam_backward_streams",),
     "phi_backward, seam": ("seam_backward_phi",),
+    "seam_norm": ("seam_norm", "seam_scan seam_norm_mix"),
+    "seam_norm_backward": ("seam_norm_backward_maps seam_norm_backward_streams seam_backward_phi",),
     "replay": (replay_name(REPLAYED, REPLAYED + 1),),
     "collapse": ("collapse_mean", "collapse_sum"),
     "learned collapse": ("head", "head_scan head_mix", "static_pre"),
