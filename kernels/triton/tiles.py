@@ -85,9 +85,10 @@ def _block(kernel: str, maps: Maps) -> tuple[int, int, int, int]:
     few = maps.streams <= 4
     if kernel.endswith("_backward_maps"):
         return (16, 64, 4, 1) if few else (16, 32, 4, 1)
-    if kernel == "seam_backward_streams" and maps.given and few:
-        # With the gradients of H_pre as well, 128-bit accesses would spill 80 bytes on NVIDIA's
-        # targets: these are of 64 bits.
+    has_more = maps.given and kernel == "seam_backward_streams"
+    if few and (has_more or kernel == "seam_norm_backward_streams"):
+        # With the gradients of H_pre, or through a norm, as well, 128-bit accesses would spill 72
+        # bytes or more on NVIDIA's targets: these are of 64 bits.
         return (16, 64, 8, 1)
     if kernel.endswith("_backward_streams"):
         return (16, 128, 8, 1) if few else (16, 64, 8, 1)
