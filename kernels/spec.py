@@ -67,6 +67,8 @@ class SiteSpec:
     """Channel axis of the un-widened tensor, counted from the end."""
     kernels: str = "auto"
     """What computes the ops: one of `KERNELS`."""
+    autotune: bool = False
+    """Whether Triton kernels get the fastest of a few tiles, timed on their first run."""
     branch_norm: str = "none"
     """The norm that the branch starts with, where ``mhc::seam_norm`` applies it: one of
     `BRANCH_NORMS`."""
@@ -93,7 +95,7 @@ class SiteSpec:
         _check_integer("streams", self.streams, 1, MAX_STREAMS)
         _check_integer("iters", self.iters, 1, math.inf)
         _check_integer("dim", self.dim, -math.inf, -1)
-        for name in ("dynamic", "single_pass", "branch_rounds"):
+        for name in ("dynamic", "single_pass", "autotune", "branch_rounds"):
             if not isinstance(getattr(self, name), bool):
                 raise KernelError(
                     f"{name}={getattr(self, name)!r} is not allowed: use True or False"
@@ -175,6 +177,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "single_pass": _read_bool,
     "dim": int,
     "kernels": str,
+    "autotune": _read_bool,
     "branch_norm": str,
     "branch_eps": float,
     "branch_rounds": _read_bool,

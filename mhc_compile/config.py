@@ -79,6 +79,10 @@ class MHCConfig:
     """What computes the mhc ops: "auto" takes the generated kernels of the device wherever they can
     (C++ on a CPU, Triton on a GPU), "cpp" and "triton" refuse anything else, "reference" is plain
     torch."""
+    autotune: bool = False
+    """Whether the Triton kernels of a device get the fastest of a few tiles, timed on their first
+    run and kept in the cache of generated code; otherwise a rule has the tiles. No GPU has run it
+    yet."""
     inner: Inner = "inductor"
     """What compiles the rewritten graph."""
     recompute: int | Literal["auto", "off"] = "auto"
@@ -136,7 +140,7 @@ class MHCConfig:
                 f"recompute={self.recompute!r} is not allowed: use 'auto', 'off' or the number of "
                 "sites in a block"
             )
-        for name in ("seam_norm", "side_stream"):
+        for name in ("autotune", "seam_norm", "side_stream"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is not allowed: use True or False"
@@ -199,6 +203,7 @@ class MHCConfig:
                 single_pass=self.single_pass,
                 dim=dim,
                 kernels=self.kernels,
+                autotune=self.autotune,
             )
             constraint_of(spec)
             return spec

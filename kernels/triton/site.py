@@ -4,13 +4,14 @@ Nothing here waits for the device.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
+from mhc_compile.kernels.triton import tune
 from mhc_compile.kernels.triton.emit import kernels, replay_source, source
 from mhc_compile.kernels.triton.emit_replay import replay_name
 from mhc_compile.kernels.triton.load import load
@@ -36,9 +37,15 @@ class Site:
         self.tokens = X.shape[:-2].numel() if tokens is None else tokens
         self.target = target_of(X.device)
         self.module = load(source(spec, X.dtype))
+        self.choices = None
+        if spec.autotune:
+            self.choices = tune.choices(spec, X.dtype, self.channels, X.device)
 
     def tile(self, kernel: str) -> Tile:
-        """The tile of a kernel."""
+        """The tile of a kernel: the one that was found to be the fastest, or that of the rule."""
+        known = None if self.choices is None else self.choices.get(kernel)
+        if known is not None:
+            return known
         maps = maps_of(kernel, self.spec)
         return tile(kernel, maps, self.channels, self.dtype, self.target)
 
@@ -113,25 +120,48 @@ class Site:
         self._start(kernel, (1,), *tensors)
 
     def run(self, kernel: str, *tensors: torch.Tensor, **integers: int) -> None:
-        """Run a kernel over all tokens and channels; ``integers`` are those besides T."""
-        extents = self._extents(kernel)
+        """Run a kernel over all tokens and channels; ``integers`` are those besides T.
+
+        With ``autotune`` the first run of a kernel that can be timed chooses its tile.
+        """
+        chosen, choices = self.tile(kernel), self.choices
+        if (
+            choices is not None
+            and choices.get(kernel) is None
+            and tune.can_time(self.device, self.tokens, self.target)
+        ):
+            chosen = choices.choose(
+                kernel, chosen, lambda tile: self._run(kernel, tile, tensors, integers)
+            )
+        self._run(kernel, chosen, tensors, integers)
+
+    def _run(
+        self,
+        kernel: str,
+        chosen: Tile,
+        tensors: Sequence[torch.Tensor],
+        integers: Mapping[str, int],
+    ) -> None:
+        extents = self._extents(kernel, chosen)
         given = {"T": self.tokens, "SPAN": extents[-1][1]}
         given |= {name.upper(): value for name, value in integers.items()}
         wanted = kernels(self.spec)[kernel].integers
         grid = tuple(-(-size // step) for size, step in extents)
-        self._start(kernel, grid, *tensors, *(given[name] for name in wanted))
+        numbers = [given[name] for name in wanted]
+        self._launch(getattr(self.module, kernel), chosen, grid, *tensors, *numbers)
 
     def run_replay(self, posts: int, reads: int, *tensors: torch.Tensor) -> None:
         """Run the kernel that replays so many sites; the shorter ones are modules of their own."""
         name, module = replay_name(posts, reads), self.module
         if name not in kernels(self.spec):
             module = load(replay_source(self.spec, self.dtype, posts, reads))
-        grid = tuple(-(-size // step) for size, step in self._extents(name))
-        self._launch(getattr(module, name), name, grid, *tensors)
+        chosen = self.tile(name)
+        grid = tuple(-(-size // step) for size, step in self._extents(name, chosen))
+        self._launch(getattr(module, name), chosen, grid, *tensors)
 
-    def _extents(self, kernel: str) -> list[tuple[int, int]]:
+    def _extents(self, kernel: str, chosen: Tile) -> list[tuple[int, int]]:
         """What each axis of a kernel's grid divides, and by what."""
-        constants = self.tile(kernel).constants
+        constants = chosen.constants
         if kernel.endswith(("_backward_streams", "_backward_phi")):
             return [(self.channels, int(constants["BC"])), (self.tokens, self.span(kernel))]
         tokens = (self.tokens, int(constants.get("BT", 1)))
@@ -142,12 +172,11 @@ class Site:
         return [tokens]
 
     def _start(self, kernel: str, grid: tuple[int, ...], *arguments: torch.Tensor | int) -> None:
-        self._launch(getattr(self.module, kernel), kernel, grid, *arguments)
+        self._launch(getattr(self.module, kernel), self.tile(kernel), grid, *arguments)
 
     def _launch(
-        self, function: Any, kernel: str, grid: tuple[int, ...], *arguments: torch.Tensor | int
+        self, function: Any, chosen: Tile, grid: tuple[int, ...], *arguments: torch.Tensor | int
     ) -> None:
-        chosen = self.tile(kernel)
         dense = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
         with on_device(self.device):
             function[grid](
