@@ -42,10 +42,14 @@ static void seam(const stream_t* X, const stream_t* F, const float* h_post, cons
       project_block(size, rows, block.count, workspace, ahead, z, inverse);
       map_block(z, inverse, bias, alpha, block, {next_post, next_res, saved}, pre);
       take_given(h_post, block, pre);
-      for (int i = 0; i < block.count; ++i) {
-        stream_t* const u = U + (t + i) * channels;
-        read_token(size, rows, i, pre, u);
-        if constexpr (Norm::APPLIES) norm.put(u, t + i, channels);
+      if constexpr (Norm::APPLIES) {
+        for (int i = 0; i < block.count; ++i) {
+          stream_t* const u = U + (t + i) * channels;
+          read_token(size, rows, i, pre, u);
+          norm.put(u, t + i, channels);
+        }
+      } else {
+        read_block(size, rows, block, pre, U);
       }
     }
     finish_streams();
