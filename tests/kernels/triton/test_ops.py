@@ -1,6 +1,7 @@
 """The generated Triton, interpreted, against the reference in float64: outputs and gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -242,3 +243,13 @@ def test_any_strides_are_read_right() -> None:
              seam.bias, seam.alpha, seam.grads)
     )  # fmt: skip
     assert all(torch.equal(straight[name], bent[name]) for name in straight)
+
+
+@pytest.mark.parametrize("run", [run_halves, run_seam])
+def test_the_gradient_of_a_transposed_phi_is_transposed_too(run: Callable[[Seam], Results]) -> None:
+    seam = make_seam(make_spec("sinkhorn", 3), 9, 48)
+    assert seam.phi is not None
+    turned = replace(seam, phi=seam.phi.t().contiguous().t())
+    plain, found = run(seam), run(turned)
+    assert found["dphi"].stride() == turned.phi.stride()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
