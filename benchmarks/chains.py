@@ -146,6 +146,7 @@ def measure(subject: str, options: argparse.Namespace) -> list[Row]:
         if backend == _REST:
             if subject != "model":
                 continue
+            model, run = _SUBJECTS[subject](options)
             model.model.layers = nn.ModuleList(map(PlainLayer, model.model.layers))
         # A folder for each: what one has compiled must not help the other.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
