@@ -80,20 +80,31 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def overlapped_step(rank: int, recompute: str) -> dict[str, Any]:
+def overlapped_step(
+    rank: int, recompute: str, device: Device | None = None, train: bool = True
+) -> dict[str, Any]:
     """A training step on two ranks, with and without the passes that overlap.
 
+    Args:
+        rank: of this process.
+        recompute: as in `MHCConfig`.
+        device: what sites are split for, if not what runs them.
+        train: whether there is a backward.
+
     Returns:
-        "equal": whether they gave the same bits; "moved": for every collective how many operations
-        run in its window, before and after; "passes": which changed a graph.
+        "equal": whether they gave the same bits; "mixed": how many posts have H_res X apart;
+        "moved": for every collective how many operations run in its window, before and after;
+        "passes": which changed a graph.
     """
     x = torch.randn(2, 512, 64, generator=torch.Generator().manual_seed(1))
     net = parallel_stack(init_device_mesh("cpu", (2,)), x, depth=2)
     plain = compiled(net, "aot_eager", overlap="off", recompute=recompute)
-    expected = run(plain, net, x)
+    expected = _step(plain, net, x, train)
     torch.compiler.reset()
     call, recorder = recorded(net, inner="aot_eager", recompute=recompute)
-    found = run(call, net, x)
+    chosen = nullcontext() if device is None else mock.patch.object(split, "device_of", lambda _: device)
+    with chosen, mock.patch.object(split_post, "split_posts", wraps=split_post.split_posts):
+        found = _step(call, net, x, train)
     overlaps = recorder.graphs[0].overlap
     return {
         "equal": same_bits(found, expected),
