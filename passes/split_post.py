@@ -67,7 +67,7 @@ def _keeps_bits(post: Node) -> bool:
 
     The two products of one stream are added in one step, with a single rounding.
     """
-    spec, X = spec_of(post), value_of(post.args[0])
+    spec, X = spec_of(post), value_of(post.all_input_nodes[0])
     mixes = constraint_of(spec).mixes and spec.streams > 1
     return mixes and X.dtype == coefficient_dtype(X)
 
