@@ -93,9 +93,8 @@ def _window(
         if reached.isdisjoint(node.all_input_nodes):
             continue
         reached.add(node)
-        start = start_of.get(node) if node in branch else None
-        if start is not None and start in reached:
-            found.append(start)
+        if node in branch and node in start_of:
+            found.append(start_of[node])
     others = own - _upstream(found, state, index)
     return found, sum(node_seconds(node, device) for node in others)
 

@@ -130,17 +130,23 @@ def test_a_branch_output_that_is_not_behind_the_collective_splits_nothing() -> N
     assert not split(gm, FREE)
 
 
-def test_collectives_of_weights_and_of_the_state_itself_split_nothing() -> None:
-    text = STATIC.encode()
-
+def test_a_collective_that_the_state_does_not_lead_to_splits_nothing() -> None:
     def function(X: Tensor, h_post: Tensor, h_res: Tensor, w: Tensor) -> Tensor:
-        gathered = funcol.all_reduce(w.sin(), "sum", dist.group.WORLD)  # of weights: starts early
-        state = funcol.all_reduce(X, "sum", dist.group.WORLD)  # H_res X waits as well
-        return OPS.post(state, state.sum(1) @ gathered, h_post, h_res, text)
+        gathered = funcol.all_reduce(w.sin(), "sum", dist.group.WORLD)  # can start before all else
+        return OPS.post(X, X.sum(1) @ gathered, h_post, h_res, STATIC.encode())
 
     _, tensors = one_site(STATIC)
     gm = make_fx(function, tracing_mode="fake")(*tensors, torch.ones(32, 32))
     assert not split(gm, FREE)
+
+
+def test_a_mixing_that_waits_for_the_same_collective_stays_in_the_post() -> None:
+    def function(X: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+        f = funcol.all_reduce(X.sum(1), "sum", dist.group.WORLD)
+        return OPS.post(X, f, h_post, h_res * f.mean(), STATIC.encode())
+
+    _, tensors = one_site(STATIC)
+    assert not split(make_fx(function, tracing_mode="fake")(*tensors), FREE)
 
 
 def test_the_estimate_decides() -> None:
