@@ -16,6 +16,7 @@ from mhc_compile.kernels.cpp.launch_ends import (
 from mhc_compile.kernels.cpp.launch_replay import replay
 from mhc_compile.kernels.cpp.launch_seam import seam, seam_backward
 from mhc_compile.kernels.cpp.launch_site import (
+    mix,
     post,
     post_backward,
     post_backward_branch,
@@ -27,6 +28,7 @@ from mhc_compile.kernels.cpp.launch_site import (
 __all__ = [
     "collapse",
     "collapse_backward",
+    "mix",
     "phi_backward",
     "post",
     "post_backward",

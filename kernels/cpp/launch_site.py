@@ -153,6 +153,15 @@ def post(
     return state_back(out, spec)
 
 
+def mix(X: torch.Tensor, h_res: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::mix``."""
+    rows = streams_last(X, spec)
+    out = rows.new_empty(rows.shape)
+    arguments = (rows, *coefficients(h_res), out)
+    call(library(spec, X.dtype, "mix"), "mix", arguments, *size_of(rows))
+    return state_back(out, spec)
+
+
 def post_backward(
     dY: torch.Tensor,
     X: torch.Tensor,

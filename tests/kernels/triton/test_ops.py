@@ -119,6 +119,29 @@ def test_the_backward_in_parts_gives_the_bits_of_the_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("n", "channels"), [(2, 48), (3, 129), (4, 72), (8, 48)])
+def test_mixing_first_gives_the_bits_of_the_whole_post(
+    n: int, channels: int, dynamic: bool
+) -> None:
+    seam = make_seam(make_spec("sinkhorn", n, dynamic=dynamic), 19, channels)
+    X, f, h_post, h_res, *_ = seam.given
+    mixed = launch.mix(X, h_res, seam.spec)
+    assert error(mixed, h_res.double() @ X.double()) <= TOLERANCE
+    still = replace(seam.spec, constraint="identity")
+    found = launch.post(mixed, f, h_post, torch.eye(n), still)
+    assert torch.equal(found, launch.post(X, f, h_post, h_res, seam.spec))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_streams_mixed_alone_are_rounded_once(dtype: torch.dtype) -> None:
+    seam = make_seam(make_spec("sinkhorn", 4), 9, 72, dtype=dtype)
+    exact = seam.h_res.double() @ seam.X.double()
+    found = launch.mix(seam.X, seam.h_res, seam.spec)
+    assert found.dtype == dtype
+    assert error(found, exact) <= 1.01 * error(exact.to(dtype), exact)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("name", ["sinkhorn", "identity"])
 def test_the_backward_of_post_in_parts_gives_the_bits_of_the_whole(
     name: str, dynamic: bool
