@@ -9,17 +9,15 @@ thread and one compile worker.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.timing import in_cold_process
 
 VARIANTS = ("plain", "mhc", "by hand")
 
@@ -45,22 +43,6 @@ def first_step(variant: str, layers: int, width: int, tokens: int) -> tuple[floa
     return converted - start, time.perf_counter() - converted
 
 
-def _in_new_process(variant: str, layers: int, width: int, tokens: int) -> tuple[float, float]:
-    call = f"first_step({variant!r}, {layers}, {width}, {tokens})"
-    code = f"from benchmarks.compile_time import first_step; print(*{call})"
-    with tempfile.TemporaryDirectory() as cold:
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": f"{cold}/inductor",
-            "MHC_COMPILE_CACHE": f"{cold}/mhc",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-W", "ignore", "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    conversion, step = map(float, done.stdout.split()[-2:])
-    return conversion, step
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -77,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in range(options.repeat):
             for name, found in times.items():
                 status.update(f"{name}, {number + 1} of {options.repeat}")
-                size = (options.layers, options.width, options.tokens)
-                found.append(_in_new_process(name, *size))
+                call = f"first_step({name!r}, {options.layers}, {options.width}, {options.tokens})"
+                conversion, step = in_cold_process("benchmarks.compile_time", call)
+                found.append((conversion, step))
     title = f"first training step of a GPT, {options.layers} layers, C={options.width}, cold caches"
     table = Table("run", "conversion s", "min s", "median s", "to plain", title=title)
     medians = {name: statistics.median(s for _, s in found) for name, found in times.items()}

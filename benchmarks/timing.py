@@ -1,7 +1,11 @@
 """Times of several runs by turns in one process, and what machine they were taken on."""
 
 import ctypes
+import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +28,28 @@ def by_turns(runs: Mapping[str, Callable[[], object]], repeat: int) -> dict[str,
             if number:
                 times[name].append((time.thread_time() - start) * 1e3)
     return times
+
+
+def in_cold_process(module: str, call: str) -> list[float]:
+    """The numbers that a call gives in a new process where all caches of compiled code are empty.
+
+    One thread and one compile worker.
+
+    Args:
+        module: of the function, whose name begins with no underscore.
+        call: the call in its source form; it gives a sequence of numbers.
+    """
+    code = f"import {module} as module; print(*module.{call})"
+    with tempfile.TemporaryDirectory() as cold:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": f"{cold}/inductor",
+            "MHC_COMPILE_CACHE": f"{cold}/mhc",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [float(number) for number in done.stdout.splitlines()[-1].split()]
 
 
 def machine() -> dict[str, Any]:

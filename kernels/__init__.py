@@ -9,6 +9,7 @@ if __name__ == "mhc_compile.kernels":
     from mhc_compile.kernels import (
         ops_apart,
         ops_ends,
+        ops_mix,
         ops_post,
         ops_pre,
         ops_read,
@@ -22,6 +23,7 @@ if __name__ == "mhc_compile.kernels":
     __all__ = [
         "ops_apart",
         "ops_ends",
+        "ops_mix",
         "ops_post",
         "ops_pre",
         "ops_read",

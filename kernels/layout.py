@@ -71,6 +71,24 @@ def dz_width(saved: int, streams: int) -> int:
     return -(-(saved + streams) // 4) * 4
 
 
+def is_by_output(phi: torch.Tensor) -> bool:
+    """Whether phi ``[n * C, m]`` is the transpose of what is dense, a weight of ``nn.Linear``."""
+    return phi.stride(0) == 1 and phi.shape[1] > 1
+
+
+def empty_phi(phi: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Room for the gradient of phi, in the order of phi's own memory."""
+    if is_by_output(phi):
+        return phi.new_empty(phi.shape[::-1], dtype=dtype).t()
+    return phi.new_empty(phi.shape, dtype=dtype)
+
+
+def like_phi(dphi: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    """A gradient of phi in the order of phi's own memory, and in its dtype."""
+    dphi = dphi.to(phi.dtype)
+    return dphi.t().contiguous().t() if is_by_output(phi) else dphi.contiguous()
+
+
 def state_to_tokens(X: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     """A state as ``[T, n, C]`` in ``dtype``; a view where layout and dtype allow."""
     moved = X.movedim((dim - 1, dim), (-2, -1))

@@ -22,6 +22,7 @@ from mhc_compile.kernels.layout import (
     check_tensor,
     coefficient_dtype,
     dz_width,
+    empty_phi,
     narrow_shape,
     token_shape,
 )
@@ -253,7 +254,7 @@ def phi_backward(
         X = post(X, f, h_post, h_res, spec)
     logits = phi.shape[-1] * (site.streams if constraint_of(site).per_stream else 1)
     grad_z = dz.reshape(-1, dz.shape[-1])[:, :logits].to(coefficient_dtype(X))
-    return gradient_of_phi(grad_z, X, site).to(phi.dtype)
+    return gradient_of_phi(grad_z, X, phi, site)
 
 
 def _check_phi_backward(
@@ -288,7 +289,7 @@ def _(
 ) -> torch.Tensor:
     site = SiteSpec.decode(spec)
     _check_phi_backward("mhc::phi_backward", dz, X, f, h_post, h_res, phi, site)
-    return phi.new_empty(phi.shape)
+    return empty_phi(phi, phi.dtype)
 
 
 @torch.library.custom_op("mhc::post_backward_branch", mutates_args=())

@@ -23,6 +23,8 @@ from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
     coefficient_dtype,
+    empty_phi,
+    like_phi,
     mix,
     narrow_shape,
     narrow_to_tokens,
@@ -261,7 +263,7 @@ def collapse_backward(
                 grad_hidden, saved, x, phi.to(dtype), per_stream=False
             )
             grad_x = grad_x + through_phi
-            grad_phi = phi_gradient(grad_z, x, per_stream=False).to(phi.dtype)
+            grad_phi = like_phi(phi_gradient(grad_z, x, per_stream=False), phi)
             grad_alpha = grad_alpha.to(alpha.dtype)
     return tokens_to_state(grad_x, X, site.dim), grad_phi, grad_bias.to(bias.dtype), grad_alpha
 
@@ -281,7 +283,7 @@ def _(
     empty = X.new_empty(0, dtype=coefficient_dtype(X))
     return (
         X.new_empty(X.shape),
-        empty if phi is None else phi.new_empty(phi.shape),
+        empty if phi is None else empty_phi(phi, phi.dtype),
         bias.new_empty(bias.shape),
         empty.clone() if alpha is None else alpha.new_empty(alpha.shape),
     )

@@ -32,6 +32,8 @@ from mhc_compile.kernels.layout import (
     check_state,
     check_tensor,
     coefficient_dtype,
+    empty_phi,
+    like_phi,
     mix,
     narrow_shape,
     narrow_to_tokens,
@@ -123,7 +125,7 @@ def pre(
         X: the state, ``[..., n, C]`` (`mhc_compile.kernels.layout` has the other layouts).
         phi: ``[n * C, m]`` with columns [pre n | post n | res k], res row-major [out, in]; for a
             ``per_stream`` constraint ``[C, n + 2]``, columns [pre, post, res of each out]. None for
-            static mappings.
+            static mappings. Its transpose may be what is dense, and is in its gradient then.
         bias: ``[m]``, ``m = 2 n + k``, in that order.
         alpha: ``[3]``, the scales of pre, post and res; None for static mappings.
         spec: `SiteSpec.encode`.
@@ -268,7 +270,7 @@ def pre_backward(
         dX, dphi, dbias, dalpha, dgates = kernels.pre_backward(*given, gates=gates)
     else:
         dX, grad_z, dbias, dalpha, dgates = gradients_but_phi(*given, gates)
-        dphi = grad_z if phi is None else gradient_of_phi(grad_z, X, site).to(phi.dtype)
+        dphi = grad_z if phi is None else gradient_of_phi(grad_z, X, phi, site)
     return dX, dphi, dbias, dalpha, dgates.new_empty(0) if is_entry else dgates
 
 
@@ -345,11 +347,13 @@ def given_gradient(grad_pre: torch.Tensor, gates: torch.Tensor, site: SiteSpec) 
     return grad.reshape(gates.shape).to(gates.dtype)
 
 
-def gradient_of_phi(grad_z: torch.Tensor, X: torch.Tensor, site: SiteSpec) -> torch.Tensor:
+def gradient_of_phi(
+    grad_z: torch.Tensor, X: torch.Tensor, phi: torch.Tensor, site: SiteSpec
+) -> torch.Tensor:
     """The rest of `gradients_but_phi`."""
     with torch.autocast(X.device.type, enabled=False):
         x = state_to_tokens(X, site.dim, coefficient_dtype(X))
-        return phi_gradient(grad_z, x, constraint_of(site).per_stream)
+        return like_phi(phi_gradient(grad_z, x, constraint_of(site).per_stream), phi)
 
 
 def check_pre_backward(
@@ -395,7 +399,7 @@ def _(
     empty = X.new_empty(0, dtype=coefficient_dtype(X))
     return (
         X.new_empty(X.shape),
-        empty if phi is None else phi.new_empty(phi.shape),
+        empty if phi is None else empty_phi(phi, phi.dtype),
         bias.new_empty(bias.shape),
         empty.clone() if alpha is None else alpha.new_empty(alpha.shape),
         empty.clone() if gates is None else gates.new_empty(gates.shape),

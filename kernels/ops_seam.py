@@ -14,6 +14,7 @@ from mhc_compile.kernels.layout import (
     SeamGradients,
     check_tensor,
     coefficient_dtype,
+    empty_phi,
     narrow_shape,
 )
 from mhc_compile.kernels.ops_post import check_post, post, post_backward
@@ -202,7 +203,7 @@ def _(
         f.new_empty(f.shape),
         h_post.new_empty(h_post.shape),
         h_res.new_empty(h_res.shape),
-        empty if phi is None else phi.new_empty(phi.shape),
+        empty if phi is None else empty_phi(phi, phi.dtype),
         bias.new_empty(bias.shape),
         empty.clone() if alpha is None else alpha.new_empty(alpha.shape),
     )

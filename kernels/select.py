@@ -72,6 +72,9 @@ class Launcher(Protocol):
     ) -> torch.Tensor:
         """``mhc::post``."""
 
+    def mix(self, X: torch.Tensor, h_res: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+        """``mhc::mix``."""
+
     def post_backward(
         self,
         dY: torch.Tensor,

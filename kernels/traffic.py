@@ -23,6 +23,7 @@ def least_rows(streams: int) -> dict[str, int]:
         "pre_backward_dz": n + 1 + n,
         "phi_backward": n,  # X
         "post": n + 1 + n,  # X, f -> X'
+        "mix": n + n,  # X -> H_res X
         "post_backward": 2 * n + 1 + n + 1,  # dX', X, f -> dX, df
         "read": n + 1,  # X -> u
         "read_backward": n + 1 + n,  # X, du -> dX

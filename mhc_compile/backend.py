@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from mhc_compile import passes
+from mhc_compile import kernels, passes
 from mhc_compile._torch_private import (
     Compiled,
     Frame,
@@ -43,7 +43,10 @@ from mhc_compile.pipeline import (
 )
 from mhc_compile.recorder import GraphRecord, Recorder, recorder_of_environment
 
-_PASSES = Path(passes.__file__).parent
+# What a compiled graph depends on besides the graph: the passes, and the layouts that ops promise.
+_FILES = tuple(
+    str(file) for room in (passes, kernels) for file in sorted(Path(room.__path__[0]).glob("*.py"))
+)
 _ONE_CONNECTION = (
     "CUDA_DEVICE_MAX_CONNECTIONS=1 puts the work of all streams into one queue, so that a side "
     "stream hides less: leave it unset with side_stream=True, or set side_stream=False"
@@ -189,8 +192,7 @@ def _lowering(
         return not ORDERING_PASSES.isdisjoint(changed)
 
     names = " ".join(name for name, _ in (*joint, *lowered))
-    files = tuple(map(str, sorted(_PASSES.glob("*.py"))))
-    return Lowering(run, names, files, side_stream)
+    return Lowering(run, names, _FILES, side_stream)
 
 
 def _lower(

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.collectives import is_collective, is_wait, tensors
 from mhc_compile.passes.values import value_of
@@ -205,12 +206,13 @@ def _mhc_flops(node: Node) -> int:
     sizes = {name: _shape(value_of(arg)) for name, arg in given.items() if isinstance(arg, Node)}
     name = node.target._schema.name.removeprefix("mhc::")
     is_sum = name.startswith("collapse") and "bias" not in sizes
-    kinds = ("pre", "post", "seam", "collapse", "read", "replay", "phi")
+    kinds = ("pre", "post", "seam", "collapse", "read", "replay", "phi", "mix")
     if is_sum or name.partition("_")[0] not in kinds:
         return 0
     elements = math.prod(sizes["X" if "X" in sizes else "dY"])
-    n = SiteSpec.decode(str(given["spec"])).streams
-    post = elements * (2 * n + 2)  # H_res X, and H_post f added
+    spec = SiteSpec.decode(str(given["spec"]))
+    mix = elements * 2 * spec.streams if constraint_of(spec).mixes else 0  # H_res X
+    post = mix + elements * 2  # H_post f added
     read = elements * 2  # H_pre X
     phi = elements * 2 * (sizes["phi"][-1] if "phi" in sizes else 0)  # vec(X) phi
     pre = phi + read
@@ -224,6 +226,7 @@ def _mhc_flops(node: Node) -> int:
         "pre_backward_dz": 2 * pre - phi,
         "phi_backward": phi + again,
         "post": post,
+        "mix": mix,
         "post_backward": 2 * post,
         "post_backward_branch": read,
         "post_backward_state": 2 * post - read,

@@ -7,7 +7,7 @@ The branch needs u alone, and for that the n columns of phi that make H_pre. The
 post-mix (the other n^2 + n columns, and the Sinkhorn steps) are wanted when the branch is done, and
 wait for nothing: the overlap pass can put them behind the start of a collective of the branch. The
 pre-mix is ``mhc::collapse`` in its learned form, which is the same equation. A seam becomes its
-post-mix and the two.
+post-mix and the two; that can come apart as well, see `mhc_compile.passes.split_post`.
 
 What is paid for it is that X is read twice, by more kernels; the estimate decides site by site.
 Where kernels are bound by bytes, it is not worth it.
@@ -25,6 +25,7 @@ from mhc_compile.passes.collectives import is_wait, waits_of_starts
 from mhc_compile.passes.draft import Draft
 from mhc_compile.passes.estimate import Device, device_of, node_seconds, transfer_seconds
 from mhc_compile.passes.split_backward import split_backwards
+from mhc_compile.passes.split_post import split_posts
 from mhc_compile.passes.states import COLLAPSE, INPUT_AT, POST, PRE, SEAM, result_of, spec_of
 from mhc_compile.passes.values import value_of
 
@@ -59,7 +60,9 @@ def split_sites_pass(
         pending = sum(transfer_seconds(start, device) for start in _pending(node, start_of, index))
         if pending:
             modified |= _split(node, pending, device)
-    return PassResult(gm, split_backwards(gm.graph, starts, device) or modified)
+    modified |= split_posts(gm.graph, starts, device)
+    modified |= split_backwards(gm.graph, starts, device)
+    return PassResult(gm, modified)
 
 
 def _has_halves(node: Node) -> bool:

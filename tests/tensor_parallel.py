@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from torch.fx import GraphModule
 
 from mhc_compile import MHCConfig
 from mhc_compile.backend import compile_frame
+from mhc_compile.passes import split
+from mhc_compile.passes.estimate import Device, device_of
 from mhc_compile.recorder import Recorder
 from tests.nets import Trace, compiled, converted, run
 
@@ -80,23 +83,54 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def overlapped_step(rank: int, recompute: str) -> dict[str, Any]:
+def _step(call: Callable[..., Any], net: nn.Module, x: torch.Tensor, train: bool) -> Trace:
+    if train:
+        return run(call, net, x)
+    with torch.no_grad():
+        return call(x), {}
+
+
+def _mixings_in_windows(graph: str) -> int:
+    pending, found = 0, 0
+    for line in graph.splitlines():
+        pending += "all_reduce.default(" in line
+        pending -= "wait_tensor.default(" in line
+        found += pending > 0 and "mhc.mix.default(" in line
+    return found
+
+
+def overlapped_step(
+    rank: int, recompute: str, device: Device | None = None, train: bool = True
+) -> dict[str, Any]:
     """A training step on two ranks, with and without the passes that overlap.
 
+    Args:
+        rank: of this process.
+        recompute: as in `MHCConfig`.
+        device: what sites are split for, if not what runs them.
+        train: whether there is a backward.
+
     Returns:
-        "equal": whether they gave the same bits; "moved": for every collective how many operations
-        run in its window, before and after; "passes": which changed a graph.
+        "equal": whether they gave the same bits; "mixed": how many times streams are mixed
+        while a collective is pending; "moved": for every collective how many operations run in its
+        window, before and after; "passes": which changed a graph.
     """
     x = torch.randn(2, 512, 64, generator=torch.Generator().manual_seed(1))
     net = parallel_stack(init_device_mesh("cpu", (2,)), x, depth=2)
     plain = compiled(net, "aot_eager", overlap="off", recompute=recompute)
-    expected = run(plain, net, x)
+    expected = _step(plain, net, x, train)
     torch.compiler.reset()
     call, recorder = recorded(net, inner="aot_eager", recompute=recompute)
-    found = run(call, net, x)
+    with mock.patch.object(split, "device_of", lambda graph: device or device_of(graph)):
+        found = _step(call, net, x, train)
     overlaps = recorder.graphs[0].overlap
     return {
         "equal": same_bits(found, expected),
+        "mixed": sum(
+            _mixings_in_windows(stage.text)
+            for stage in recorder.stages
+            if stage.name == "overlap_collectives_pass"
+        ),
         "moved": [window.nodes for overlap in overlaps for window in overlap.windows],
         "passes": {stage.name for stage in recorder.stages if stage.phase.startswith("aot")},
     }

@@ -10,6 +10,7 @@ import torch
 
 from mhc_compile.kernels.cpp.build import load
 from mhc_compile.kernels.cpp.emit import Part, source
+from mhc_compile.kernels.layout import is_by_output
 from mhc_compile.kernels.spec import SiteSpec
 
 _BLOCK = 16  # tokens: fewer are not worth a thread of their own
@@ -34,6 +35,14 @@ def coefficients(*tensors: torch.Tensor) -> list[torch.Tensor]:
         else tensor.to(torch.float32).contiguous()
         for tensor in tensors
     ]
+
+
+def projection(phi: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Phi in float32 and without gaps, and whether its transpose is what lies in memory."""
+    phi = phi.to(torch.float32)
+    if is_by_output(phi):
+        return phi.t().contiguous(), True
+    return phi.contiguous(), False
 
 
 def streams_last(X: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
@@ -73,6 +82,7 @@ def call(
     arguments: Sequence[torch.Tensor | None],
     tokens: int,
     channels: int,
+    *flags: bool,
 ) -> None:
     """Run one generated function, on as many threads as torch uses.
 
@@ -83,25 +93,26 @@ def call(
         arguments: dense tensors, in the function's order; None is a null pointer.
         tokens: number of tokens.
         channels: width of a stream.
+        flags: what else the function asks for.
     """
     threads = max(1, min(torch.get_num_threads(), -(-tokens // _BLOCK)))
-    function, size = _functions(built, name, len(arguments))
+    function, size = _functions(built, name, len(arguments), len(flags))
     # `arguments` outlives the call, and with it the copies among its tensors.
     values = [None if argument is None else argument.data_ptr() for argument in arguments]
     if size is not None:
         workspace = torch.empty(size(channels, threads))
         values.append(workspace.data_ptr())
-    function(*values, tokens, channels, threads)
+    function(*values, tokens, channels, threads, *flags)
 
 
 @cache
-def _functions(built: ctypes.CDLL, name: str, pointers: int) -> tuple[Any, Any]:
+def _functions(built: ctypes.CDLL, name: str, pointers: int, flags: int) -> tuple[Any, Any]:
     """The function and the one that says what workspace it needs (or None), ready to be called."""
     function: Any = built[f"mhc_{name}"]
     size: Any = getattr(built, f"mhc_{name}_workspace", None)
     if size is not None:
         size.argtypes, size.restype = [ctypes.c_long, ctypes.c_int], ctypes.c_long
         pointers += 1
-    numbers = [ctypes.c_long, ctypes.c_long, ctypes.c_int]
+    numbers = [ctypes.c_long, ctypes.c_long, *[ctypes.c_int] * (1 + flags)]
     function.argtypes, function.restype = [ctypes.c_void_p] * pointers + numbers, None
     return function, size

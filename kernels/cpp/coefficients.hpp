@@ -193,12 +193,14 @@ static void state_block_backward(const Sizes& size, Rows x, Rows du, Rows more, 
 // The gradients of phi, bias and alpha from those of all threads, in their order; to be called by
 // all threads of a team.
 static void share_gradients(const Sizes& size, const Shared& own, const float* phi_sums,
-                            float* vector_sums, float* dphi, float* dbias, float* dalpha) {
+                            float* vector_sums, float* dphi, bool by_output, float* dbias,
+                            float* dalpha) {
   float* const to = vector_sums + thread() * size.sums;
   for (int m = 0; m < M; ++m) store(to + m * L, own.bias[m]);
   for (int i = 0; i < 3; ++i) store(to + (M + i) * L, own.alpha[i]);
 #pragma omp barrier
-  if (dphi) unpack_sum<O>(phi_sums, size.phi, team(), dphi, N / S, size.channels, size.padded);
+  if (dphi)
+    unpack_sum<O>(phi_sums, size.phi, team(), dphi, by_output, N / S, size.channels, size.padded);
 #pragma omp single
   for (int m = 0; m < M + GROUPS; ++m) {
     vec total = {};

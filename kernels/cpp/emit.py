@@ -31,14 +31,15 @@ from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 STREAM_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 """The dtypes that streams can have, and their names in the source."""
 
-Part = Literal["site", "normed", "replay", "head", "ends", "sinkhorn"]
+Part = Literal["site", "normed", "mix", "replay", "head", "ends", "sinkhorn"]
 """What a library is for: pre, post and seam of a site (of a static one post alone); the seam of a
-dynamic one with the norm of its branch; several dynamic sites at once; a dynamic learned collapse;
-sums of the streams with the same weights for all tokens; Sinkhorn alone."""
+dynamic one with the norm of its branch; H_res X alone; several dynamic sites at once; a dynamic
+learned collapse; sums of the streams with the same weights for all tokens; Sinkhorn alone."""
 
 _LOOPS: dict[Part, tuple[str, ...]] = {
     "site": ("projection", "coefficients", "pre", "post", "seam", "seam_plain", "phi"),
     "normed": ("projection", "coefficients", "post", "seam", "seam_norm"),
+    "mix": ("mix",),
     "replay": ("replay",),
     "head": ("projection", "coefficients", "pre"),
     "ends": ("ends",),
@@ -83,6 +84,8 @@ def site_source(spec: SiteSpec, dtype: torch.dtype, part: Part = "site") -> str:
         head = replace(spec, constraint="identity")
         matrix = constraint_of(head).cpp(head)
         texts = (_streams(n, dtype), _head(spec), _gates(head), matrix, _read_streams(n))
+    elif part == "mix":
+        texts = (_streams(n, dtype), _site(spec), _mix_streams(n))
     elif part == "replay":
         texts = (_streams(n, dtype), _site(spec), _chunk(), _gates(spec), _replay_streams(spec))
     else:
@@ -224,6 +227,24 @@ def _write_streams(spec: SiteSpec) -> str:
         "// X'_i = sum_j H_res[i, j] X_j + H_post[i] f, handed to `put`.\n"
         f"template <typename Put>\n{function(head, body())}"
     )
+
+
+def _mix_streams(n: int) -> str:
+    def write(i: str) -> Lines:
+        mixed = total(f"r[{k}] * x[{j}]" for j, k in enumerate(row(i, n)))
+        yield f"  at.put_far(mixed + {i} * channels + c, {mixed});"
+
+    def body() -> Lines:
+        yield f"for_channels(channels, streamed, {_STEP} {{"
+        yield from _load_streams("x", "X", "channels", range(n), n)
+        yield from each(n, "i", write)
+        yield "});"
+
+    head = (
+        "mix_streams(const stream_t* X, const float* r, stream_t* mixed, long channels, "
+        "bool streamed)"
+    )
+    return f"// M_i = sum_j H_res[i, j] X_j.\n{function(head, body())}"
 
 
 def _chunk() -> str:

@@ -17,6 +17,7 @@ from mhc_compile.kernels.cpp.launch_replay import replay
 from mhc_compile.kernels.cpp.launch_seam import seam, seam_backward
 from mhc_compile.kernels.cpp.launch_seam_norm import seam_norm, seam_norm_backward
 from mhc_compile.kernels.cpp.launch_site import (
+    mix,
     post,
     post_backward,
     post_backward_branch,
@@ -28,6 +29,7 @@ from mhc_compile.kernels.cpp.launch_site import (
 __all__ = [
     "collapse",
     "collapse_backward",
+    "mix",
     "phi_backward",
     "post",
     "post_backward",

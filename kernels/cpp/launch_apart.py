@@ -10,7 +10,7 @@ from mhc_compile.kernels.cpp.call import (
     size_of,
     streams_last,
 )
-from mhc_compile.kernels.layout import dz_width
+from mhc_compile.kernels.layout import dz_width, empty_phi, is_by_output
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -31,10 +31,14 @@ class ParameterGradients:
         spec: SiteSpec,
         with_dz: bool,
     ) -> None:
-        phi, bias, alpha = (p.new_empty(p.shape, dtype=torch.float32) for p in parameters)
+        phi, *vectors = parameters
         if with_dz:
-            phi = phi.new_zeros((*saved.shape[:-1], dz_width(saved.shape[-1], spec.streams)))
-        self._made = (phi, bias, alpha)
+            size = (*saved.shape[:-1], dz_width(saved.shape[-1], spec.streams))
+            first = phi.new_zeros(size, dtype=torch.float32)
+        else:
+            first = empty_phi(phi, torch.float32)
+        bias, alpha = (p.new_empty(p.shape, dtype=torch.float32) for p in vectors)
+        self._made = (first, bias, alpha)
         self._dtypes = [p.dtype for p in parameters]
         self._with_dz = with_dz
 
@@ -72,7 +76,8 @@ def phi_backward(
     mappings: list[torch.Tensor] | tuple[None, None] = (None, None)
     if h_post is not None and h_res is not None:
         mappings = coefficients(h_post, h_res)
-    dphi = phi.new_empty(phi.shape, dtype=torch.float32)
+    dphi = empty_phi(phi, torch.float32)
     arguments = (*coefficients(dz), rows, branch, *mappings, dphi)
-    call(library(spec, X.dtype), "phi_backward", arguments, tokens, channels)
+    flag = is_by_output(phi)
+    call(library(spec, X.dtype), "phi_backward", arguments, tokens, channels, flag)
     return dphi.to(phi.dtype)

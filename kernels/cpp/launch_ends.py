@@ -9,10 +9,12 @@ from mhc_compile.kernels.cpp.call import (
     coefficients,
     library,
     narrow_back,
+    projection,
     size_of,
     state_back,
     streams_last,
 )
+from mhc_compile.kernels.layout import empty_phi
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -58,11 +60,15 @@ def collapse_backward(
     _, saved = _head(rows, phi, bias, alpha, spec)
     dX = rows.new_empty(rows.shape)
     parameters = (phi, bias, alpha)
-    grads = [p.new_empty(p.shape, dtype=torch.float32) for p in parameters]
-    given = (*coefficients(*parameters), saved, None)
+    grads = [
+        empty_phi(phi, torch.float32),
+        *(p.new_empty(p.shape, dtype=torch.float32) for p in (bias, alpha)),
+    ]
+    weights, by_output = projection(phi)
+    given = (weights, *coefficients(bias, alpha), saved, None)
     arguments = (g, empty, empty, rows, None, *given, dX, *grads, None, None)
     tokens, channels = size_of(rows)
-    call(library(spec, X.dtype, "head"), "pre_backward", arguments, tokens, channels)
+    call(library(spec, X.dtype, "head"), "pre_backward", arguments, tokens, channels, by_output)
     dphi, dbias, dalpha = (g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
     return state_back(dX, spec), dphi, dbias, dalpha
 
@@ -93,8 +99,9 @@ def _head(
     out = rows.new_empty((*rows.shape[:-2], channels))
     saved = rows.new_empty((tokens, spec.streams + 1), dtype=torch.float32)
     none = rows.new_empty(0)
-    arguments = (rows, *coefficients(phi, bias, alpha), None, out, none, none, saved)
-    call(library(spec, rows.dtype, "head"), "pre", arguments, tokens, channels)
+    weights, by_output = projection(phi)
+    arguments = (rows, weights, *coefficients(bias, alpha), None, out, none, none, saved)
+    call(library(spec, rows.dtype, "head"), "pre", arguments, tokens, channels, by_output)
     return out, saved
 
 

@@ -11,6 +11,7 @@ from mhc_compile.kernels.cpp.call import (
     coefficients,
     library,
     narrow_back,
+    projection,
     size_of,
     state_back,
     streams_last,
@@ -46,9 +47,11 @@ def seam(
     h_post_next, h_res_next, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if not constraint_of(spec).mixes:
         torch.eye(spec.streams, out=h_res_next)
-    mappings = coefficients(h_post, h_res, phi, bias, alpha)
-    arguments = (rows, branch, *mappings, out, u, h_post_next, h_res_next, saved)
-    call(library(spec, X.dtype), "seam", arguments, tokens, channels)
+    weights, by_output = projection(phi)
+    parameters = (weights, *coefficients(bias, alpha))
+    given = (rows, branch, *coefficients(h_post, h_res), *parameters)
+    arguments = (*given, out, u, h_post_next, h_res_next, saved)
+    call(library(spec, X.dtype), "seam", arguments, tokens, channels, by_output)
     return state_back(out, spec), narrow_back(u, spec), h_post_next, h_res_next, saved
 
 
@@ -84,20 +87,23 @@ def seam_backward(
     dh_post = h_post.new_empty(h_post.shape, dtype=torch.float32)
     dh_res = h_res.new_zeros(h_res.shape, dtype=torch.float32)
     grads = ParameterGradients((phi, bias, alpha), saved, spec, with_dz)
+    weights, by_output = projection(phi)
     arguments = (
         streams_last(dX_next.to(X.dtype), spec),
         channels_last(du, spec, X.dtype),
         *coefficients(dh_post_next, dh_res_next),
         rows,
         branch,
-        *coefficients(h_post, h_res, phi, bias, alpha, saved),
+        *coefficients(h_post, h_res),
+        weights,
+        *coefficients(bias, alpha, saved),
         dX,
         df,
         dh_post,
         dh_res,
         *grads.pointers,
     )
-    call(library(spec, X.dtype), "seam_backward", arguments, tokens, channels)
+    call(library(spec, X.dtype), "seam_backward", arguments, tokens, channels, by_output)
     df = narrow_back(df, spec).to(f.dtype)
     mappings = dh_post.to(h_post.dtype), dh_res.to(h_res.dtype)
     return state_back(dX, spec), df, *mappings, *grads.results

@@ -11,6 +11,7 @@ from mhc_compile.kernels.cpp.call import (
     coefficients,
     library,
     narrow_back,
+    projection,
     size_of,
     state_back,
     streams_last,
@@ -41,9 +42,10 @@ def seam_norm(
     h_post_next, h_res_next, saved, statistics = results
     if not constraint_of(spec).mixes:
         torch.eye(spec.streams, out=h_res_next)
-    mappings = coefficients(h_post, h_res, phi, bias, alpha)
-    arguments = (rows, branch, *mappings, _vector(weight), _vector(shift), out, y, *results)
-    call(library(spec, X.dtype, "normed"), "seam_norm", arguments, tokens, channels)
+    weights, by_output = projection(phi)
+    given = (rows, branch, *coefficients(h_post, h_res), weights, *coefficients(bias, alpha))
+    arguments = (*given, _vector(weight), _vector(shift), out, y, *results)
+    call(library(spec, X.dtype, "normed"), "seam_norm", arguments, tokens, channels, by_output)
     state, y = state_back(out, spec), narrow_back(y, spec)
     return state, y, h_post_next, h_res_next, saved, statistics
 
@@ -79,18 +81,22 @@ def seam_norm_backward(
     dweight, dshift = (X.new_empty(channels, dtype=torch.float32) for _ in range(2))
     grads = ParameterGradients((phi, bias, alpha), saved, spec, with_dz=False)
     dphi, dbias, dalpha, _ = grads.pointers
+    weights, by_output = projection(phi)
     arguments = (
         streams_last(dX_next.to(X.dtype), spec),
         channels_last(dy, spec, X.dtype),
         *coefficients(dh_post_next, dh_res_next),
         rows,
         branch,
-        *coefficients(h_post, h_res, phi, bias, alpha),
+        *coefficients(h_post, h_res),
+        weights,
+        *coefficients(bias, alpha),
         _vector(weight),
         *coefficients(saved, statistics),
         *(dX, df, dh_post, dh_res, dphi, dbias, dalpha, dweight, dshift),
     )
-    call(library(spec, X.dtype, "normed"), "seam_norm_backward", arguments, tokens, channels)
+    built = library(spec, X.dtype, "normed")
+    call(built, "seam_norm_backward", arguments, tokens, channels, by_output)
     empty = X.new_empty(0, dtype=torch.float32)
     return (
         state_back(dX, spec),

@@ -12,6 +12,7 @@ from mhc_compile.kernels.cpp.call import (
     coefficients,
     library,
     narrow_back,
+    projection,
     size_of,
     state_back,
     streams_last,
@@ -43,8 +44,10 @@ def pre(
     if not constraint_of(spec).mixes:
         torch.eye(spec.streams, out=h_res)
     given = _given(gates)
-    arguments = (rows, *coefficients(phi, bias, alpha), given, u, h_post, h_res, saved)
-    call(library(spec, X.dtype), "pre", arguments, tokens, channels)
+    packed, by_output = projection(phi)
+    parameters = (packed, *coefficients(bias, alpha))
+    arguments = (rows, *parameters, given, u, h_post, h_res, saved)
+    call(library(spec, X.dtype), "pre", arguments, tokens, channels, by_output)
     return narrow_back(u, spec), h_post, h_res, saved
 
 
@@ -72,13 +75,13 @@ def pre_backward(
         return state_back(dX, spec), empty, dbias, empty.clone(), dgates
     tokens, channels = size_of(rows)
     dX = rows.new_empty(rows.shape)
-    parameters = (phi, bias, alpha)
-    grads = ParameterGradients(parameters, saved, spec, with_dz)
-    mappings, saved_parameters = coefficients(dh_post, dh_res), coefficients(*parameters, saved)
+    grads = ParameterGradients((phi, bias, alpha), saved, spec, with_dz)
+    weights, by_output = projection(phi)
+    mappings, rest = coefficients(dh_post, dh_res), coefficients(bias, alpha, saved)
     dgates = X.new_zeros(0 if gates is None else gates.shape, dtype=torch.float32)
-    given = (g, *mappings, rows, more, *saved_parameters, _given(gates))
+    given = (g, *mappings, rows, more, weights, *rest, _given(gates))
     arguments = (*given, dX, *grads.pointers, dgates)
-    call(library(spec, X.dtype), "pre_backward", arguments, tokens, channels)
+    call(library(spec, X.dtype), "pre_backward", arguments, tokens, channels, by_output)
     dgates = dgates if gates is None else dgates.to(gates.dtype)
     return state_back(dX, spec), *grads.results, dgates
 
@@ -147,6 +150,15 @@ def post(
     arguments = (rows, branch, *coefficients(h_post, h_res), out)
     tokens, channels = size_of(rows)
     call(library(spec, X.dtype), "post", arguments, tokens, channels)
+    return state_back(out, spec)
+
+
+def mix(X: torch.Tensor, h_res: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::mix``."""
+    rows = streams_last(X, spec)
+    out = rows.new_empty(rows.shape)
+    arguments = (rows, *coefficients(h_res), out)
+    call(library(spec, X.dtype, "mix"), "mix", arguments, *size_of(rows))
     return state_back(out, spec)
 
 

@@ -7,7 +7,8 @@ extern "C" long mhc_phi_backward_workspace(long channels, int threads) {
 
 extern "C" void mhc_phi_backward(const float* dz, const stream_t* X, const stream_t* F,
                                  const float* h_post, const float* h_res, float* dphi,
-                                 float* workspace, long tokens, long channels, int threads) {
+                                 float* workspace, long tokens, long channels, int threads,
+                                 int by_output) {
   const Sizes size(channels);
   const long row = N * channels;
 #pragma omp parallel num_threads(threads)
@@ -46,6 +47,6 @@ extern "C" void mhc_phi_backward(const float* dz, const stream_t* X, const strea
       }
     }
 #pragma omp barrier
-    unpack_sum<O>(workspace, size.phi, team(), dphi, N / S, channels, size.padded);
+    unpack_sum<O>(workspace, size.phi, team(), dphi, by_output, N / S, channels, size.padded);
   }
 }

@@ -8,11 +8,12 @@ extern "C" long mhc_pre_workspace(long channels, int threads) {
 
 extern "C" void mhc_pre(const stream_t* X, const float* phi, const float* bias, const float* alpha,
                         const float* gates, stream_t* U, float* h_post, float* h_res, float* saved,
-                        float* workspace, long tokens, long channels, int threads) {
+                        float* workspace, long tokens, long channels, int threads,
+                        int by_output) {
   const Sizes size(channels);
 #pragma omp parallel num_threads(threads)
   {
-    pack<O>(phi, workspace, N / S, channels, size.padded);
+    pack<O>(phi, by_output, workspace, N / S, channels, size.padded);
     float* copy = workspace + size.phi + thread() * size.block;
     const Range range = share(tokens);
     for (long t = range.first; t < range.last; t += L) {
@@ -41,7 +42,7 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
                                  const float* bias, const float* alpha, const float* saved,
                                  const float* gates, stream_t* dX, float* dphi, float* dbias,
                                  float* dalpha, float* dz, float* dgates, float* workspace,
-                                 long tokens, long channels, int threads) {
+                                 long tokens, long channels, int threads, int by_output) {
   const Sizes size(channels);
   float* const packed = workspace;
   float* const phi_sums = packed + size.phi;
@@ -49,7 +50,7 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
   float* const copies = vector_sums + threads * size.sums;
 #pragma omp parallel num_threads(threads)
   {
-    pack<O>(phi, packed, N / S, channels, size.padded);
+    pack<O>(phi, by_output, packed, N / S, channels, size.padded);
     float* const phi_sum = dphi ? phi_sums + thread() * size.phi : nullptr;
     if (phi_sum) std::memset(phi_sum, 0, size.phi * sizeof(float));
     float* const x = copies + thread() * (2 * size.block + L * size.padded);
@@ -106,6 +107,6 @@ extern "C" void mhc_pre_backward(const stream_t* dU, const float* dh_post, const
             });
     }
     finish_streams();
-    share_gradients(size, sums, phi_sums, vector_sums, dphi, dbias, dalpha);
+    share_gradients(size, sums, phi_sums, vector_sums, dphi, by_output, dbias, dalpha);
   }
 }

@@ -31,35 +31,54 @@ template <int V> struct Columns {
   static constexpr int value = V;
 };
 
-// phi [segments * channels][O] to packed form; to be called by all threads of a team.
+// phi [segments * channels][O], or its transpose if `by_output`, to packed form; to be called by all
+// threads of a team.
 template <int O>
-static void pack(const float* phi, float* packed, int segments, long channels, long padded) {
+static void pack(const float* phi, bool by_output, float* packed, int segments, long channels,
+                 long padded) {
 #pragma omp for
   for (long chunk = 0; chunk < segments * padded / L; ++chunk) {
     const long segment = chunk * L / padded, c = chunk * L - segment * padded;
-    const float* from = phi + (segment * channels + c) * O;
+    const long first = segment * channels + c;
+    const int count = int(channels - c < L ? channels - c : L);
     float* to = packed + chunk * O * L;
-    for (int i = 0; i < L; ++i)
-      for (int o = 0; o < O; ++o) to[o * L + i] = c + i < channels ? from[i * O + o] : 0.0f;
+    if (by_output)
+      for (int o = 0; o < O; ++o) {
+        const float* from = phi + o * segments * channels + first;
+        store(to + o * L, count == L ? load(from) : load(from, count));
+      }
+    else
+      for (int i = 0; i < L; ++i)
+        for (int o = 0; o < O; ++o) to[o * L + i] = i < count ? phi[(first + i) * O + o] : 0.0f;
   }
 }
 
 // The inverse of `pack` on the sum of all threads' buffers, added in their order.
 template <int O>
-static void unpack_sum(const float* packed, long stride, int buffers, float* phi, int segments,
-                       long channels, long padded) {
+static void unpack_sum(const float* packed, long stride, int buffers, float* phi, bool by_output,
+                       int segments, long channels, long padded) {
 #pragma omp for
   for (long chunk = 0; chunk < segments * padded / L; ++chunk) {
     const long segment = chunk * L / padded, c = chunk * L - segment * padded;
-    float* to = phi + (segment * channels + c) * O;
+    const long first = segment * channels + c;
+    const int count = int(channels - c < L ? channels - c : L);
     vec total[O];
     for (int o = 0; o < O; ++o) {
       total[o] = vec{};
       for (int b = 0; b < buffers; ++b)
         total[o] += load(packed + b * stride + (chunk * O + o) * L);
     }
-    for (int i = 0; i < L && c + i < channels; ++i)
-      for (int o = 0; o < O; ++o) to[i * O + o] = total[o][i];
+    if (by_output)
+      for (int o = 0; o < O; ++o) {
+        float* to = phi + o * segments * channels + first;
+        if (count == L)
+          store(to, total[o]);
+        else
+          store(to, total[o], count);
+      }
+    else
+      for (int i = 0; i < count; ++i)
+        for (int o = 0; o < O; ++o) phi[(first + i) * O + o] = total[o][i];
   }
 }
 

@@ -12,12 +12,12 @@ template <typename Norm>
 static void seam(const stream_t* X, const stream_t* F, const float* h_post, const float* h_res,
                  const float* phi, const float* bias, const float* alpha, stream_t* Y, stream_t* U,
                  float* next_post, float* next_res, float* saved, Norm norm, float* workspace,
-                 long tokens, long channels, int threads) {
+                 long tokens, long channels, int threads, int by_output) {
   const Sizes size(channels);
   const long row = N * channels;
 #pragma omp parallel num_threads(threads)
   {
-    pack<O>(phi, workspace, N / S, channels, size.padded);
+    pack<O>(phi, by_output, workspace, N / S, channels, size.padded);
     float* const y = workspace + size.phi + thread() * size.block;
     const Range range = share(tokens);
     const bool streamed = far(Y, tokens, row);
@@ -64,7 +64,7 @@ static void seam_backward(const stream_t* dY, const stream_t* dU, const float* d
                           const float* bias, const float* alpha, const float* saved, stream_t* dX,
                           stream_t* dF, float* dh_post, float* dh_res, float* dphi, float* dbias,
                           float* dalpha, float* dz, Norm norm, float* workspace, long tokens,
-                          long channels, int threads) {
+                          long channels, int threads, int by_output) {
   const Sizes size(channels);
   const long row = N * channels;
   float* const packed = workspace;
@@ -73,7 +73,7 @@ static void seam_backward(const stream_t* dY, const stream_t* dU, const float* d
   float* const copies = vector_sums + threads * size.sums;
 #pragma omp parallel num_threads(threads)
   {
-    pack<O>(phi, packed, N / S, channels, size.padded);
+    pack<O>(phi, by_output, packed, N / S, channels, size.padded);
     float* const phi_sum = dphi ? phi_sums + thread() * size.phi : nullptr;
     if (phi_sum) std::memset(phi_sum, 0, size.phi * sizeof(float));
     float* const y = copies + thread() * (2 * size.block + L * size.padded);
@@ -137,7 +137,7 @@ static void seam_backward(const stream_t* dY, const stream_t* dU, const float* d
       }
     }
     finish_streams();
-    share_gradients(size, sums, phi_sums, vector_sums, dphi, dbias, dalpha);
+    share_gradients(size, sums, phi_sums, vector_sums, dphi, by_output, dbias, dalpha);
     if constexpr (Norm::APPLIES) norm.end(size);
   }
 }

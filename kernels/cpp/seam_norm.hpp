@@ -109,9 +109,9 @@ extern "C" void mhc_seam_norm(const stream_t* X, const stream_t* F, const float*
                               const float* alpha, const float* weight, const float* shift,
                               stream_t* Y, stream_t* U, float* next_post, float* next_res,
                               float* saved, float* statistics, float* workspace, long tokens,
-                              long channels, int threads) {
+                              long channels, int threads, int by_output) {
   seam(X, F, h_post, h_res, phi, bias, alpha, Y, U, next_post, next_res, saved,
-       Norm{weight, shift, statistics}, workspace, tokens, channels, threads);
+       Norm{weight, shift, statistics}, workspace, tokens, channels, threads, by_output);
 }
 
 extern "C" long mhc_seam_norm_backward_workspace(long channels, int threads) {
@@ -125,11 +125,11 @@ extern "C" void mhc_seam_norm_backward(
     const float* bias, const float* alpha, const float* weight, const float* saved,
     const float* statistics, stream_t* dX, stream_t* dF, float* dh_post, float* dh_res, float* dphi,
     float* dbias, float* dalpha, float* dweight, float* dshift, float* workspace, long tokens,
-    long channels, int threads) {
+    long channels, int threads, int by_output) {
   const Sizes size(channels);
   float* const own = workspace;
   seam_backward(dY, dU, dnext_post, dnext_res, X, F, h_post, h_res, phi, bias, alpha, saved, dX, dF,
                 dh_post, dh_res, dphi, dbias, dalpha, nullptr,
                 NormBackward{weight, statistics, dweight, dshift, own},
-                workspace + threads * 3 * size.padded, tokens, channels, threads);
+                workspace + threads * 3 * size.padded, tokens, channels, threads, by_output);
 }

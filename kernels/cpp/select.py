@@ -50,6 +50,8 @@ def parts(op: str, spec: SiteSpec, learned: bool) -> tuple[Part, ...]:
         return ("normed",)
     if op == "mhc::replay":
         return ("replay",)
+    if op == "mhc::mix":
+        return ("mix",)
     if spec.dynamic or op.startswith("mhc::post"):
         return ("site",)
     return ("ends",) if op.startswith("mhc::pre") else ("ends", "site")

@@ -12,9 +12,10 @@ from mhc_compile.kernels.triton.text import Kernel, assign, loop
 
 
 def post_kernels(spec: SiteSpec) -> list[Kernel]:
-    """``post`` and ``post_backward``, this also in two parts."""
+    """``post``, of which H_res X also alone, and ``post_backward``, this also in two parts."""
+    mixing = [_mix(spec)] if constraint_of(spec).mixes else []
     backward = [_post_backward(spec, branch) for branch in (True, False)]
-    return [_post(spec), *backward, _post_backward_branch(spec)]
+    return [_post(spec), *mixing, *backward, _post_backward_branch(spec)]
 
 
 def stream(base: str, j: int) -> str:
@@ -42,16 +43,17 @@ def load_mappings(spec: SiteSpec, token: str, read: str) -> Iterator[str]:
 
 def load_row(spec: SiteSpec, i: int, token: str, read: str) -> Iterator[str]:
     """Of `load_mappings` those that X'_i is made with."""
-    n = spec.streams
-    post, res = (
-        (f"H_POST + {token} * {spec.gates}", f"H_RES + {token} * {n * n}")
-        if spec.dynamic
-        else ("H_POST", "H_RES")
-    )
-    yield f"p{i} = {read.format(f'{post} + {spec.gates - n + i}')}"
+    post = f"H_POST + {token} * {spec.gates}" if spec.dynamic else "H_POST"
+    yield f"p{i} = {read.format(f'{post} + {spec.gates - spec.streams + i}')}"
     if constraint_of(spec).mixes:
-        for e in range(i * n, i * n + n):
-            yield f"r{e} = {read.format(f'{res} + {e}')}"
+        yield from _load_row_of_matrix(spec, i, token, read)
+
+
+def _load_row_of_matrix(spec: SiteSpec, i: int, token: str, read: str) -> Iterator[str]:
+    n = spec.streams
+    res = f"H_RES + {token} * {n * n}" if spec.dynamic else "H_RES"
+    for e in range(i * n, i * n + n):
+        yield f"r{e} = {read.format(f'{res} + {e}')}"
 
 
 def given_weight(spec: SiteSpec, gates: str, i: int) -> str:
@@ -61,10 +63,14 @@ def given_weight(spec: SiteSpec, gates: str, i: int) -> str:
 
 def carried(spec: SiteSpec, i: int) -> list[str]:
     """Terms of ``X'_i = sum_j H_res[i, j] X_j + H_post[i] f``."""
-    n = spec.streams
-    mixes = constraint_of(spec).mixes
-    terms = [f"r{i * n + j} * x{j}" for j in range(n)] if mixes else [f"x{i}"]
+    terms = mixed(spec, i) if constraint_of(spec).mixes else [f"x{i}"]
     return [*terms, f"p{i} * f"]
+
+
+def mixed(spec: SiteSpec, i: int) -> list[str]:
+    """Terms of ``M_i = sum_j H_res[i, j] X_j``."""
+    n = spec.streams
+    return [f"r{i * n + j} * x{j}" for j in range(n)]
 
 
 def returned(spec: SiteSpec, j: int) -> list[str]:
@@ -129,6 +135,28 @@ def _post(spec: SiteSpec) -> Kernel:
         comment="X'_i = sum_j H_res[i, j] X_j + H_post[i] f. One token, BC channels a program.",
         streams=("X", "F", "Y"),
         floats=("H_POST", "H_RES"),
+        constants=("C", "BC"),
+        body=tuple(body()),
+    )
+
+
+def _mix(spec: SiteSpec) -> Kernel:
+    n = spec.streams
+
+    def body() -> Iterator[str]:
+        yield from block_of_one_token(n)
+        yield from load_streams(n, "X + row", "x")
+        for i in range(n):
+            yield from _load_row_of_matrix(spec, i, "t", "tl.load({})")
+        for i in range(n):
+            yield from assign(f"y{i}", mixed(spec, i))
+        yield from store_streams(n, "Y + row", "y")
+
+    return Kernel(
+        name="mix",
+        comment="M_i = sum_j H_res[i, j] X_j. One token, BC channels a program.",
+        streams=("X", "Y"),
+        floats=("H_RES",),
         constants=("C", "BC"),
         body=tuple(body()),
     )

@@ -195,6 +195,13 @@ def post(
     return out
 
 
+def mix(X: torch.Tensor, h_res: torch.Tensor, spec: SiteSpec) -> torch.Tensor:
+    """``mhc::mix``."""
+    out = X.new_empty(X.shape)
+    Site(spec, X).run("mix", X, out, *floats(h_res))
+    return out
+
+
 def post_backward(
     dY: torch.Tensor,
     X: torch.Tensor,

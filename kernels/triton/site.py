@@ -1,6 +1,6 @@
 """`Site`: the generated kernels of one site, started with tensors of one state.
 
-Nothing here waits for the device.
+Nothing here waits for the device, but for the one run that times a kernel for `tune`.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mhc_compile.kernels.constraints import constraint_of
+from mhc_compile.kernels.layout import like_phi
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.kernels.triton import tune
 from mhc_compile.kernels.triton.emit import kernels, replay_source, source
@@ -85,7 +86,8 @@ class Site:
         """The gradient of phi: the part of every chunk of tokens, and their sum."""
         parts = self.room(-(-self.tokens // self.span(kernel)), *phi.shape)
         self.run(kernel, *tensors, parts)
-        return self.sum_rows(parts, phi)
+        total = self.sum_rows(parts, phi.new_empty(phi.shape))
+        return like_phi(total, phi)
 
     def span(self, kernel: str) -> int:
         """Tokens that one program of a kernel walks over."""

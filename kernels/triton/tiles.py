@@ -22,7 +22,7 @@ class Tile:
 
 
 _ONE_TOKEN_BLOCKS = (
-    *("post", "post_backward_branch", "read_streams"),
+    *("post", "mix", "post_backward_branch", "read_streams"),
     *("collapse_mean", "collapse_sum"),
     *("static_pre", "static_seam"),
 )

@@ -24,6 +24,7 @@ _FORMS = {
     "pre_backward_dz": ("pre_backward_maps pre_backward_streams",),
     "phi_backward": ("pre_backward_phi",),
     "post": ("post",),
+    "mix": ("mix",),
     "post_backward": ("post_backward",),
     "post_backward_branch": ("post_backward_branch",),
     "post_backward_state": ("post_backward_state",),

@@ -148,7 +148,7 @@ def flops(op: Any, *args: Any) -> int:
     return node_flops(only(make_fx(run)(*(arg for arg in args if isinstance(arg, Tensor))), op))
 
 
-def test_the_parts_of_a_backward_count_what_the_whole_does() -> None:
+def test_the_parts_of_an_op_count_what_the_whole_does() -> None:
     spec, (X, phi, bias, alpha) = SiteSpec(streams=2, kernels="reference"), site(2, 8, 5)
     text, f = spec.encode(), torch.randn(1, 5, 8)
     u, *mappings, saved = OPS.pre(X, phi, bias, alpha, text)
@@ -165,6 +165,10 @@ def test_the_parts_of_a_backward_count_what_the_whole_does() -> None:
         (OPS.seam_backward, OPS.seam_backward_dz, of_seam),
     ):
         assert flops(whole.default, *args) - flops(part.default, *args) == projection
+    mixing = flops(OPS.mix.default, X, mappings[1], text)
+    still = SiteSpec(streams=2, constraint="identity", kernels="reference").encode()
+    rest = flops(OPS.post.default, X, f, mappings[0], torch.eye(2), still)
+    assert mixing + rest == flops(OPS.post.default, X, f, *mappings, text)
     branch = flops(OPS.post_backward_branch.default, X, mappings[0], torch.float32, text)
     state = flops(OPS.post_backward_state.default, X, X, f, *mappings, text)
     assert branch + state == flops(OPS.post_backward.default, X, X, f, *mappings, text)

@@ -22,8 +22,10 @@ from mhc_compile.passes.split import split_sites_pass
 from mhc_compile.passes.values import OPERAND_VALUES, value_of
 
 OPS = torch.ops.mhc
-EAGER_TO_SPLIT = replace(CPU, launch=0.0, op_launch=0.0, single_flops=1e9, link_latency=1.0)
+FREE = replace(CPU, launch=0.0, op_launch=0.0, single_flops=1e9, link_latency=1.0)
 """Work takes its flops, and any collective longer."""
+EAGER_TO_SPLIT = replace(FREE, bandwidth=1e9, op_launch=15e-6)
+"""The same, but a post takes its bytes, give or take a launch."""
 
 
 pytestmark = pytest.mark.usefixtures("fake_ranks")

@@ -5,6 +5,7 @@ from unittest import mock
 
 import torch
 
+from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.ops_pre import coefficient_shapes
 from mhc_compile.kernels.spec import REPLAYED, SiteSpec
 from mhc_compile.kernels.triton import launch, site
@@ -72,6 +73,8 @@ def _runs(seam: Seam) -> Iterator[tuple[str, Callable[[], object]]]:
         before = (f, h_post, h_res)
         yield "phi_backward, seam", lambda: launch.phi_backward(dz, X, *before, phi, spec)
     yield "post", lambda: launch.post(X, f, h_post, h_res, spec)
+    if constraint_of(spec).mixes:
+        yield "mix", lambda: launch.mix(X, h_res, spec)
     yield "post_backward", lambda: launch.post_backward(d_next, X, f, h_post, h_res, spec)
     yield (
         "post_backward_branch",

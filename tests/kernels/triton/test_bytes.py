@@ -17,6 +17,7 @@ STATIC = SiteSpec(streams=4, dynamic=False)
         (FOUR, "seam", [10, 14]),
         (FOUR, "seam_backward", [26]),
         (FOUR, "post", [9]),
+        (FOUR, "mix", [8]),
         (FOUR, "post_backward", [14]),
         (FOUR, "pre", [5, 9]),
         (FOUR, "pre_backward", [18]),

@@ -1,6 +1,7 @@
 """The generated Triton, interpreted, against the reference in float64: outputs and gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,29 @@ def test_the_backward_in_parts_gives_the_bits_of_the_whole(name: str) -> None:
         *others, dz, dbias, dalpha = part
         dphi = launch.phi_backward(dz, X, *before, phi, spec)
         assert all(map(torch.equal, whole, (*others, dphi, dbias, dalpha)))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(("n", "channels"), [(2, 48), (3, 129), (4, 72), (8, 48)])
+def test_mixing_first_gives_the_bits_of_the_whole_post(
+    n: int, channels: int, dynamic: bool
+) -> None:
+    seam = make_seam(make_spec("sinkhorn", n, dynamic=dynamic), 19, channels)
+    X, f, h_post, h_res, *_ = seam.given
+    mixed = launch.mix(X, h_res, seam.spec)
+    assert error(mixed, h_res.double() @ X.double()) <= TOLERANCE
+    still = replace(seam.spec, constraint="identity")
+    found = launch.post(mixed, f, h_post, torch.eye(n), still)
+    assert torch.equal(found, launch.post(X, f, h_post, h_res, seam.spec))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_streams_mixed_alone_are_rounded_once(dtype: torch.dtype) -> None:
+    seam = make_seam(make_spec("sinkhorn", 4), 9, 72, dtype=dtype)
+    exact = seam.h_res.double() @ seam.X.double()
+    found = launch.mix(seam.X, seam.h_res, seam.spec)
+    assert found.dtype == dtype
+    assert error(found, exact) <= 1.01 * error(exact.to(dtype), exact)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -242,3 +266,13 @@ def test_any_strides_are_read_right() -> None:
              seam.bias, seam.alpha, seam.grads)
     )  # fmt: skip
     assert all(torch.equal(straight[name], bent[name]) for name in straight)
+
+
+@pytest.mark.parametrize("run", [run_halves, run_seam])
+def test_the_gradient_of_a_transposed_phi_is_transposed_too(run: Callable[[Seam], Results]) -> None:
+    seam = make_seam(make_spec("sinkhorn", 3), 9, 48)
+    assert seam.phi is not None
+    turned = replace(seam, phi=seam.phi.t().contiguous().t())
+    plain, found = run(seam), run(turned)
+    assert found["dphi"].stride() == turned.phi.stride()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
