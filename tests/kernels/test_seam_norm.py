@@ -146,6 +146,17 @@ def test_the_state_and_mappings_are_bitwise_those_of_a_seam() -> None:
     assert all(torch.equal(ours[at], plain[at]) for at in (0, 2, 3, 4))
 
 
+@pytest.mark.parametrize("kernels", ["reference", "cpp"])
+def test_phi_may_be_the_transpose_of_what_is_dense(kernels: str) -> None:
+    spec, tensors = random_site("sinkhorn", 4, (35, 50))
+    spec, affine = normed(spec, "rms"), vectors(50, True, False)
+    plain = run(spec, tensors, affine, torch.float32, kernels)
+    tensors[2] = tensors[2].t().contiguous().t()
+    turned = run(spec, tensors, affine, torch.float32, kernels)
+    assert turned["dphi"].stride(0) == 1
+    check(turned, plain, 1e-6)
+
+
 @pytest.mark.parametrize("affine", [(True, True), (False, False)])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_the_op_and_its_backward_pass_opcheck(
