@@ -26,7 +26,16 @@ from mhc_compile.passes.draft import Draft
 from mhc_compile.passes.estimate import Device, device_of, node_seconds, transfer_seconds
 from mhc_compile.passes.split_backward import split_backwards
 from mhc_compile.passes.split_post import split_posts
-from mhc_compile.passes.states import COLLAPSE, INPUT_AT, POST, PRE, SEAM, result_of, spec_of
+from mhc_compile.passes.states import (
+    COLLAPSE,
+    INPUT_AT,
+    POST,
+    PRE,
+    SEAM,
+    SEAM_NORM,
+    result_of,
+    spec_of,
+)
 from mhc_compile.passes.values import value_of
 
 _ATEN = torch.ops.aten
@@ -87,7 +96,7 @@ def _pending(
         reader.args[1]
         for part in _parts(site, INPUT_AT[site.target] + 1)
         for reader in part.users
-        if reader.target in (POST, SEAM) and reader.args[2] is part
+        if reader.target in (POST, SEAM, SEAM_NORM) and reader.args[2] is part
     ]
     while todo:
         node = todo.pop()
