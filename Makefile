@@ -17,12 +17,15 @@ demo: $(STAMP)
 	$(BIN)/mhc-compile dump hf:gpt2 --out mhc_dump/gpt2
 	$(BIN)/python examples/train_gpt.py --steps 60
 
+# Two processes, each file in one of them: files share models, and what is interpreted.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not bench"
+	$(PYTEST) -m "not slow and not gpu and not bench"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[iree]'
-	$(BIN)/python -m pytest -m "not gpu and not bench"
+	$(PYTEST) -m "not gpu and not bench"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ from hypothesis import settings
 # of the time of a test that compiles.
 logging.getLogger("torch.__trace").propagate = False
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# One thread for each of several processes.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 # deadline: the first example compiles. derandomize: a failure must be the change's, not the day's.
 settings.register_profile("mhc", deadline=None, derandomize=True, print_blob=True)
