@@ -42,9 +42,16 @@ _PARTS = (
         "with torch; `to_floor` is the ratio of the minima.",
     ),
     _Part(
+        "seam_norm",
+        "The norm of a branch",
+        ("--repeat", "60"),
+        "A seam alone, with the norm of the next branch behind it by Inductor, and with that norm "
+        "inside (`seam_norm=True`); CPU milliseconds of one thread.",
+    ),
+    _Part(
         "overhead",
         "What a training step costs more",
-        ("--widths", "512", "768", "1024", "--streams", "4", "--repeat", "5", "--no-by-hand"),
+        ("--widths", "512", "768", "1024", "--streams", "4", "--repeat", "12", "--no-by-hand"),
         "A stack of two compiled transformer blocks, forward and backward, CPU milliseconds of one "
         "thread. The plain model goes through Inductor; `mhc` is the same model converted, without "
         "and with recomputation. `overhead` is by the minima, over the plain model. It depends on "
@@ -87,7 +94,9 @@ _PARTS = (
         "chains",
         "Hyper-connections written by hand",
         (),
-        'Models that are hyper-connected already, through Inductor and through `backend="mhc"`.',
+        'Models that are hyper-connected already, through Inductor and through `backend="mhc"`: '
+        "CPU milliseconds of a step of one thread. `compile_s` is the first step in a new process, "
+        "kernels built and caches empty. `the rest alone` is the model with plain residual adds.",
     ),
     _Part(
         "kernels",

@@ -79,9 +79,9 @@ def test_inference_has_no_blocks_that_keep_seams_apart(
 ) -> None:
     settings = []
 
-    def watched(*args: Any, recompute: Any) -> list[Any]:
+    def watched(*args: Any, recompute: Any, **others: Any) -> list[Any]:
         settings.append(recompute)
-        return improving_passes(*args, recompute=recompute)
+        return improving_passes(*args, recompute=recompute, **others)
 
     monkeypatch.setattr(backend, "improving_passes", watched)
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -96,9 +96,9 @@ def test_what_conversion_was_told_holds_unless_compilation_is_told_otherwise(
 ) -> None:
     seen = []
 
-    def watched(skip: Any, *, recompute: Any) -> list[Any]:
+    def watched(skip: Any, *, recompute: Any, **others: Any) -> list[Any]:
         seen.append((skip, recompute))
-        return improving_passes(skip, recompute=recompute)
+        return improving_passes(skip, recompute=recompute, **others)
 
     monkeypatch.setattr(backend, "improving_passes", watched)
     x, model = example(), Net()

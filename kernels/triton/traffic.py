@@ -84,10 +84,14 @@ def forms(spec: SiteSpec) -> list[Form]:
 
 
 def _is_for(op: str, spec: SiteSpec) -> bool:
-    """Whether sites of this kind have an op: single passes read otherwise, and are not parted."""
+    """Whether sites of this kind have an op.
+
+    Single passes read otherwise, are not parted, and leave norms to their branches.
+    """
     if not spec.single_pass:
         return not op.startswith("read")
-    return not op.startswith(("learned", "phi_backward")) and not op.endswith("_dz")
+    others = ("learned", "phi_backward", "seam_norm")
+    return not op.startswith(others) and not op.endswith("_dz")
 
 
 def kernel_rows(kernel: Kernel, streams: int) -> int:
