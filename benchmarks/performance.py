@@ -36,7 +36,7 @@ _PARTS = (
     _Part(
         "site",
         "One residual site",
-        (),
+        ("--repeat", "30"),
         "Forward and backward of one site, CPU milliseconds of one thread. The floor copies the "
         "rows that a fused site must move and multiplies the three products of its projection, "
         "with torch; `to_floor` is the ratio of the minima.",
@@ -51,7 +51,7 @@ _PARTS = (
     _Part(
         "overhead",
         "What a training step costs more",
-        ("--widths", "512", "768", "1024", "--streams", "4", "--repeat", "12", "--no-by-hand"),
+        ("--widths", "768", "--streams", "4", "--repeat", "16", "--no-by-hand"),
         "A stack of two compiled transformer blocks, forward and backward, CPU milliseconds of one "
         "thread. The plain model goes through Inductor; `mhc` is the same model converted, without "
         "and with recomputation. `overhead` is by the minima, over the plain model. It depends on "
