@@ -37,6 +37,11 @@ def coefficients(*tensors: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
+def coefficient(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """`coefficients` of what may be absent."""
+    return None if tensor is None else coefficients(tensor)[0]
+
+
 def projection(phi: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Phi in float32 and without gaps, and whether its transpose is what lies in memory."""
     phi = phi.to(torch.float32)

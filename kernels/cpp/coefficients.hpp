@@ -70,17 +70,6 @@ INLINE void take_given(const float* gates, const Block& block, vec* pre) {
   if (GATES > N) get_lanes<N>(gates + block.first * GATES, block.count, pre, GATES);
 }
 
-// H_pre of a block (17), from what was saved of its projection.
-INLINE void read_weights(const float* saved, const float* bias, const float* alpha,
-                         const Block& block, vec* pre) {
-  const float* const from = saved + block.first * (M + S);
-  vec z[N], inverse[S];
-  get_lanes<N>(from, block.count, z, M + S);
-  get_lanes<S>(from + M, block.count, inverse, M + S);
-  for (int i = 0; i < N; ++i)
-    pre[i] = pre_gate(alpha[0] * bounded(z[i] * inverse[i % S]) + bias[i]);
-}
-
 // u of token i of a block.
 INLINE void read_token(const Sizes& size, Rows x, int i, const vec* pre, stream_t* u) {
   float weights[N];

@@ -37,10 +37,10 @@ dynamic one with the norm of its branch; H_res X alone; several dynamic sites at
 learned collapse; sums of the streams with the same weights for all tokens; Sinkhorn alone."""
 
 _LOOPS: dict[Part, tuple[str, ...]] = {
-    "site": ("projection", "coefficients", "pre", "post", "seam", "seam_plain", "phi"),
-    "normed": ("projection", "coefficients", "post", "seam", "seam_norm"),
+    "site": ("projection", "coefficients", "weights", "pre", "post", "seam", "seam_plain", "phi"),
+    "normed": ("projection", "coefficients", "weights", "post", "seam", "seam_norm"),
     "mix": ("mix",),
-    "replay": ("replay",),
+    "replay": ("weights", "replay"),
     "head": ("projection", "coefficients", "pre"),
     "ends": ("ends",),
     "sinkhorn": ("sinkhorn",),
@@ -205,11 +205,16 @@ def _sum_streams(n: int) -> str:
     return f"// The collapse: sum_i X_i, over n for a mean.\n{text}"
 
 
+def _mixed(i: str, n: int) -> list[str]:
+    """Terms of (H_res X)_i."""
+    return [f"r[{k}] * x[{j}]" for j, k in enumerate(row(i, n))]
+
+
 def _write_streams(spec: SiteSpec) -> str:
     n, mixes = spec.streams, constraint_of(spec).mixes
 
     def write(i: str) -> Lines:
-        carried = [f"r[{k}] * x[{j}]" for j, k in enumerate(row(i, n))] if mixes else [f"x[{i}]"]
+        carried = _mixed(i, n) if mixes else [f"x[{i}]"]
         yield f"  put(c, at, {i}, {total([*carried, f'p[{i}] * fc'])});"
 
     def body() -> Lines:
@@ -231,8 +236,7 @@ def _write_streams(spec: SiteSpec) -> str:
 
 def _mix_streams(n: int) -> str:
     def write(i: str) -> Lines:
-        mixed = total(f"r[{k}] * x[{j}]" for j, k in enumerate(row(i, n)))
-        yield f"  at.put_far(mixed + {i} * channels + c, {mixed});"
+        yield f"  at.put_far(mixed + {i} * channels + c, {total(_mixed(i, n))});"
 
     def body() -> Lines:
         yield f"for_channels(channels, streamed, {_STEP} {{"
@@ -267,7 +271,7 @@ def _replay_streams(spec: SiteSpec) -> str:
     read = total(f"w[{i}] * x[{i}]" for i in range(n))
 
     def write(i: str) -> Lines:
-        carried = [f"r[{k}] * x[{j}]" for j, k in enumerate(row(i, n))] if mixes else [f"x[{i}]"]
+        carried = _mixed(i, n) if mixes else [f"x[{i}]"]
         yield f"next[{i}] = {total([*carried, f'p[{i}] * fc'])};"
         yield f"at.put_far(y + {i} * channels + c, next[{i}]);"
 

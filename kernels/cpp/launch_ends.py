@@ -14,7 +14,7 @@ from mhc_compile.kernels.cpp.call import (
     state_back,
     streams_last,
 )
-from mhc_compile.kernels.layout import empty_phi
+from mhc_compile.kernels.cpp.launch_apart import ParameterGradients
 from mhc_compile.kernels.spec import SiteSpec
 
 
@@ -59,18 +59,13 @@ def collapse_backward(
         return state_back(dX, spec), empty, dbias, empty.clone()
     _, saved = _head(rows, phi, bias, alpha, spec)
     dX = rows.new_empty(rows.shape)
-    parameters = (phi, bias, alpha)
-    grads = [
-        empty_phi(phi, torch.float32),
-        *(p.new_empty(p.shape, dtype=torch.float32) for p in (bias, alpha)),
-    ]
+    grads = ParameterGradients((phi, bias, alpha), saved, spec, with_dz=False)
     weights, by_output = projection(phi)
     given = (weights, *coefficients(bias, alpha), saved, None)
-    arguments = (g, empty, empty, rows, None, *given, dX, *grads, None, None)
+    arguments = (g, empty, empty, rows, None, *given, dX, *grads.pointers, None)
     tokens, channels = size_of(rows)
     call(library(spec, X.dtype, "head"), "pre_backward", arguments, tokens, channels, by_output)
-    dphi, dbias, dalpha = (g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
-    return state_back(dX, spec), dphi, dbias, dalpha
+    return state_back(dX, spec), *grads.results
 
 
 def read(X: torch.Tensor, gates: torch.Tensor, spec: SiteSpec) -> torch.Tensor:

@@ -8,6 +8,7 @@ from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.cpp.call import (
     call,
     channels_last,
+    coefficient,
     coefficients,
     library,
     narrow_back,
@@ -44,14 +45,10 @@ def seam_norm(
         torch.eye(spec.streams, out=h_res_next)
     weights, by_output = projection(phi)
     given = (rows, branch, *coefficients(h_post, h_res), weights, *coefficients(bias, alpha))
-    arguments = (*given, _vector(weight), _vector(shift), out, y, *results)
+    arguments = (*given, coefficient(weight), coefficient(shift), out, y, *results)
     call(library(spec, X.dtype, "normed"), "seam_norm", arguments, tokens, channels, by_output)
     state, y = state_back(out, spec), narrow_back(y, spec)
     return state, y, h_post_next, h_res_next, saved, statistics
-
-
-def _vector(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return None if vector is None else coefficients(vector)[0]
 
 
 def seam_norm_backward(
@@ -91,7 +88,7 @@ def seam_norm_backward(
         *coefficients(h_post, h_res),
         weights,
         *coefficients(bias, alpha),
-        _vector(weight),
+        coefficient(weight),
         *coefficients(saved, statistics),
         *(dX, df, dh_post, dh_res, dphi, dbias, dalpha, dweight, dshift),
     )

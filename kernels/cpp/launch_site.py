@@ -9,6 +9,7 @@ from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.cpp.call import (
     call,
     channels_last,
+    coefficient,
     coefficients,
     library,
     narrow_back,
@@ -43,7 +44,7 @@ def pre(
     h_post, h_res, saved = (X.new_empty(shape, dtype=torch.float32) for shape in shapes)
     if not constraint_of(spec).mixes:
         torch.eye(spec.streams, out=h_res)
-    given = _given(gates)
+    given = coefficient(gates)
     packed, by_output = projection(phi)
     parameters = (packed, *coefficients(bias, alpha))
     arguments = (rows, *parameters, given, u, h_post, h_res, saved)
@@ -79,15 +80,11 @@ def pre_backward(
     weights, by_output = projection(phi)
     mappings, rest = coefficients(dh_post, dh_res), coefficients(bias, alpha, saved)
     dgates = X.new_zeros(0 if gates is None else gates.shape, dtype=torch.float32)
-    given = (g, *mappings, rows, more, weights, *rest, _given(gates))
+    given = (g, *mappings, rows, more, weights, *rest, coefficient(gates))
     arguments = (*given, dX, *grads.pointers, dgates)
     call(library(spec, X.dtype), "pre_backward", arguments, tokens, channels, by_output)
     dgates = dgates if gates is None else dgates.to(gates.dtype)
     return state_back(dX, spec), *grads.results, dgates
-
-
-def _given(gates: torch.Tensor | None) -> torch.Tensor | None:
-    return None if gates is None else coefficients(gates)[0]
 
 
 def _static_logits(bias: torch.Tensor, spec: SiteSpec) -> tuple[torch.Tensor, ...]:

@@ -1,17 +1,6 @@
 // mhc::replay: a token's streams go through all sites of a chunk in registers, with mappings that are
 // known. Rows are read as mhc_seam and mhc_pre read them, and come out with the same bits.
 
-// (17) for the tokens of a block, token by token.
-INLINE void read_weights(const float* saved, const float* bias, const float* alpha, long t,
-                         int count, float* to) {
-  vec z[N], inverse[S], pre[N];
-  get_lanes<N>(saved + t * (M + S), count, z, M + S);
-  get_lanes<S>(saved + t * (M + S) + M, count, inverse, M + S);
-  for (int i = 0; i < N; ++i)
-    pre[i] = pre_gate(alpha[0] * bounded(z[i] * inverse[i % S]) + bias[i]);
-  put_lanes<N>(to, count, pre);
-}
-
 extern "C" void mhc_replay(const stream_t* X, const Chunk* chunk, long tokens, long channels,
                            int threads) {
   const int posts = int(chunk->posts), reads = int(chunk->reads);
@@ -24,8 +13,11 @@ extern "C" void mhc_replay(const stream_t* X, const Chunk* chunk, long tokens, l
     const Range range = share(tokens);
     for (long t = range.first; t < range.last; t += L) {
       const int count = int(range.last - t < L ? range.last - t : L);
-      for (int s = 0; s < reads; ++s)
-        read_weights(chunk->saved[s], chunk->bias[s], chunk->alpha[s], t, count, weights[s]);
+      for (int s = 0; s < reads; ++s) {
+        vec pre[N];
+        read_weights(chunk->saved[s], chunk->bias[s], chunk->alpha[s], t, count, pre);
+        put_lanes<N>(weights[s], count, pre);  // token by token
+      }
       for (int i = 0; i < count; ++i) {
         const long token = t + i;
         for (int s = 0; s < posts; ++s) {

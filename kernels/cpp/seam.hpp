@@ -90,7 +90,7 @@ static void seam_backward(const stream_t* dY, const stream_t* dU, const float* d
       Rows du{du_copy, size.padded};
       vec dots[N][L] = {}, pre[N];
       if constexpr (Norm::APPLIES)
-        read_weights(saved, bias, alpha, block, pre);
+        read_weights(saved, bias, alpha, block.first, count, pre);
       else
         du = staged(dU + t * channels, du_copy, 1, channels, size.padded, size.padded, count);
       for (int i = 0; i < count; ++i) {
