@@ -17,8 +17,9 @@ demo: $(STAMP)
 	$(BIN)/mhc-compile dump hf:gpt2 --out mhc_dump/gpt2
 	$(BIN)/python examples/train_gpt.py --steps 60
 
-# Two processes, each file in one of them: files share models, and what is interpreted.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, each file in one of them (files share models, and what is interpreted) unless its
+# tests name groups.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu and not bench"

@@ -39,7 +39,8 @@ LAYERS = {  # stacks of (layers, residual adds in each)
 
 def _models() -> Iterator[object]:
     for name in TRUTH:
-        yield pytest.param(name, marks=[] if name in LAYERS else [pytest.mark.slow])
+        group = pytest.mark.xdist_group(f"trial of {name}")
+        yield pytest.param(name, marks=[group] if name in LAYERS else [group, pytest.mark.slow])
 
 
 @pytest.fixture(scope="module", params=_models())

@@ -19,8 +19,17 @@ FAST = {"gpt2", "gpt_neox", "bert", "t5", "wav2vec2", "resnet18"}
 
 
 def models(names: Iterator[str]) -> list[object]:
-    """The names as test parameters; all but a few are slow."""
-    return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in names]
+    """The names as test parameters, each for any process; all but a few are slow."""
+    return [
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.xdist_group(f"graphs of {name}"),
+                *([] if name in FAST else [pytest.mark.slow]),
+            ],
+        )
+        for name in names
+    ]
 
 
 def check(name: str, found: list[Residuals], *, whole: bool = False) -> None:

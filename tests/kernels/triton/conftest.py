@@ -44,7 +44,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if pyfuncitem.path not in runs:
         runs[pyfuncitem.path] = _interpret(pyfuncitem.session, pyfuncitem.path)
     outcomes, output = runs[pyfuncitem.path]
-    found = outcomes.get(pyfuncitem.nodeid)
+    found = outcomes.get(_name(pyfuncitem))
     if found is None:
         pytest.fail(f"the interpreting process ended before this test:\n{output}", pytrace=False)
     if found["outcome"] == "skipped":
@@ -66,7 +66,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def _interpret(session: pytest.Session, path: Path) -> tuple[dict[str, Outcome], str]:
     """Run the selected tests of a file; returns their outcomes and what was printed."""
     chosen = [
-        item.nodeid
+        _name(item)
         for item in session.items
         if item.path == path and "interpreted" in item.keywords
     ]
@@ -84,3 +84,8 @@ def _interpret(session: pytest.Session, path: Path) -> tuple[dict[str, Outcome],
         )
         lines: list[Outcome] = [json.loads(line) for line in outcomes.read_text().splitlines()]
     return {line["test"]: line for line in lines}, (done.stdout + done.stderr)[-4000:]
+
+
+def _name(item: pytest.Item) -> str:
+    """Of a test, without the group that pytest-xdist appends."""
+    return item.nodeid.partition("@")[0]

@@ -73,7 +73,13 @@ def test_the_seam_is_one_kernel_without_spills() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", list(TARGETS))
-@pytest.mark.parametrize("channels", [1280, 2560, 4096, 7168])
+@pytest.mark.parametrize(
+    "channels",
+    [
+        pytest.param(channels, marks=pytest.mark.xdist_group(f"ahead of time, C={channels}"))
+        for channels in (1280, 2560, 4096, 7168)
+    ],
+)
 def test_no_kernel_spills_on_any_target(target: str, channels: int) -> None:
     found = [_fault(stats) for stats in site_stats(SITE, torch.bfloat16, channels, target)]
     assert len(found) > 20
