@@ -46,7 +46,7 @@ def read_onward(scope: Scope, stop: Stop, skip: Collection[Node] = ()) -> None:
 
 
 def without_gradient(graph: Graph) -> set[Node]:
-    """Nodes inside of a ``torch.no_grad()`` of the model: an op would send gradients through."""
+    """Nodes inside of a ``torch.no_grad()`` of the model."""
     inside: set[Node] = set()
     enabled = True
     for node in graph.nodes:

@@ -79,19 +79,27 @@ class _Finder:
         self.tried: set[tuple[Node, int, int]] = set()
         self.modified = False
         self.aliases = AliasIndex(graph)
-        self.skip = without_gradient(graph)
-        # Where a Sinkhorn iteration ends: in a product with another tensor.
-        self.beyond = self.skip | {
-            node
-            for node in graph.nodes
-            if op_name(node) in MATMUL and len(node.all_input_nodes) > 1
-        }
+        self.skip: set[Node] = set()
+        """Nodes that are not read."""
+        self.beyond: set[Node] = set()
+        """These, and where a Sinkhorn iteration ends: in a product with another tensor."""
 
     def run(self) -> None:
-        for look in (self._try_states, self._try_alone):
-            for node in list(self.graph.nodes):
-                if not node._erased:
-                    look(node)
+        products = {
+            node
+            for node in self.graph.nodes
+            if op_name(node) in MATMUL and len(node.all_input_nodes) > 1
+        }
+        # What is computed with gradients, then what without: an op is one or the other as a whole.
+        without = without_gradient(self.graph)
+        rest = set(self.graph.nodes) - without
+        for self.skip in (without, rest) if without else (without,):
+            self.beyond = self.skip | products
+            self.tried.clear()
+            for look in (self._try_states, self._try_alone):
+                for node in list(self.graph.nodes):
+                    if not node._erased:
+                        look(node)
 
     def _try_states(self, node: Node) -> None:
         for state in candidate_states(node):

@@ -90,6 +90,27 @@ def test_inference_takes_the_ops_as_well() -> None:
         compare(_compiled(model)(x), model(x), 2e-6)
 
 
+class Distilled(nn.Module):
+    """A student that is held against itself without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hyper = Hyper()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.hyper(x)
+        out = self.hyper(x)
+        assert isinstance(out, torch.Tensor)
+        return out * (out - target + 1.0)
+
+
+def test_a_teacher_under_no_grad_is_recognised_too_and_gets_no_gradient() -> None:
+    _same(Distilled(), _input())
+    report = mhc_compile.explain(Distilled(), _input())
+    assert [chain.kind for chain in report.chains] == ["expand", "site", "site", "collapse"] * 2
+
+
 def test_a_batch_of_one_and_a_single_token_work() -> None:
     model = Hyper(sites=1)
     for batch, length in ((1, 5), (2, 1), (1, 1)):

@@ -37,7 +37,6 @@ def test_every_spelling_becomes_one_pre_and_one_post(spelling: type[Site]) -> No
         (near.IterateUsedTwice, "mixing matrix is read elsewhere"),
         (near.WrongAxis, None),
         (near.OddEps, "eps in places"),
-        (near.MatrixWithoutGradient, None),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
@@ -54,6 +53,7 @@ def test_near_misses_are_left_alone(near_miss: type[Site], reason: str | None) -
         (near.GateOfAnotherStream, None),
         (near.EpsOutsideTheRoot, "eps is added outside the root"),
         (near.NotNormed, "not of a normed state"),
+        (near.MatrixWithoutGradient, None),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
@@ -64,6 +64,27 @@ def test_of_another_site_the_sinkhorn_alone_becomes_an_op(
     assert found.ops == ["sinkhorn"]
     assert found.kinds == ["sinkhorn"]
     assert reason is None or any(reason in text for text in found.reasons)
+
+
+class _WithTeacher(nn.Module):
+    """The same site twice, once without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = DeepSeek()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.site(x)
+        out = self.site(x)
+        assert isinstance(out, torch.Tensor)
+        return (out - target) * out
+
+
+def test_a_site_under_no_grad_is_recognised_and_gets_no_gradient() -> None:
+    found = assert_same(_WithTeacher().double(), _state(), tolerance=1e-9)
+    assert sorted(found.ops) == ["post", "post", "pre", "pre"]
+    assert found.kinds == ["site", "site"]
 
 
 def test_one_dynamic_graph_is_rewritten_for_all_sizes() -> None:
