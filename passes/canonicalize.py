@@ -4,6 +4,7 @@
     x += f;  relu_(x)      ->  x1 = x + f;  x2 = relu(x1)      where nobody else sees the write
     torch.add(x, f, alpha) ->  x + alpha * f
     x[1:] + f(x[1:])       ->  s + f(s)  with s = x[1:]        see `slices`
+    x.to(x.dtype)          ->  x                               and torch.export's checks of it go
 
 The result computes what the graph computed. A write that somebody else could see is left as it is;
 `find_residuals` and `plan_trunks` then refuse the sites it touches.
@@ -51,6 +52,13 @@ _SAME_WITHOUT_UNDERSCORE = frozenset({
     "square", "sub", "tanh", "threshold",
 })  # fmt: skip
 
+_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Call:
@@ -63,12 +71,13 @@ class _Call:
 
 
 def canonicalize_pass(gm: GraphModule, example_inputs: Sequence[Any]) -> PassResult:
-    """Inline checkpoint bodies, make in-place writes and scaled adds plain, merge equal slices.
+    """Inline checkpoint bodies, make writes and scaled adds plain, merge slices, drop empty casts.
 
     Works in place on ``gm``. Idempotent.
     """
     del example_inputs
     modified = _inline_checkpoints(gm)
+    modified |= _drop_casts(gm.graph)
     modified |= _split_scaled_adds(gm.graph)
     modified |= _functionalize(gm.graph)
     modified |= merge_equal_slices(gm.graph)
@@ -140,6 +149,39 @@ def _adopt(gm: GraphModule, body: GraphModule, name: str) -> str:
         fresh = f"{name}_{k}"
     setattr(gm, fresh, value)
     return fresh
+
+
+def _drop_casts(graph: Graph) -> bool:
+    """Drop casts to the dtype that a tensor has, and the checks by which torch.export holds it so.
+
+    Such a cast gives its very argument, so that whoever reads the one reads the other.
+    """
+    modified = False
+    for node in list(graph.nodes):
+        if raw_name(node) == "_assert_tensor_metadata":
+            graph.erase_node(node)
+        elif (source := _uncast(node)) is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        else:
+            continue
+        modified = True
+    return modified
+
+
+def _uncast(node: Node) -> Node | None:
+    """What a cast without effect gives; None for any other node."""
+    source, name = first_input(node), raw_name(node)
+    if source is None or len(node.all_input_nodes) != 1 or node.kwargs:
+        return None
+    if name == "to" and len(node.args) == 2:
+        wanted = node.args[1]
+    elif node.op == "call_method" and len(node.args) == 1:
+        wanted = _CASTS.get(name)
+    else:
+        return None
+    is_same = isinstance(wanted, torch.dtype) and wanted == dtype_of(source)
+    return source if is_same else None
 
 
 def _split_scaled_adds(graph: Graph) -> bool:

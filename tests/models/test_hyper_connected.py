@@ -61,6 +61,17 @@ def test_the_modules_of_deepseek_v4_are_recognised_and_equal(n: int) -> None:
     assert (site.sinkhorn_eps, site.pre_eps, site.norm_eps) == (1e-3, 1e-3, 1e-5)
 
 
+def test_the_modules_of_deepseek_v4_are_recognised_in_an_exported_graph() -> None:
+    pytest.importorskip("transformers")
+    model, x = _DeepSeekTrunk(4, eps=1e-3), torch.randn(2, 5, WIDTH)
+    module = torch.export.export(model, (x,), strict=False).module(check_guards=False)
+    assert isinstance(module, torch.fx.GraphModule)
+    backend = Rewritten()
+    backend.rewrite(module)
+    assert backend.ops == ["expand", "pre", "post", "pre", "post", "collapse"]
+    compare(module(x), model(x), 5e-6)
+
+
 def _lucidrains(module: str, n: int, **settings: Any) -> Callable[..., Any]:
     library = pytest.importorskip(f"hyper_connections.{module}")
     make, expand, reduce = library.get_init_and_expand_reduce_stream_functions(

@@ -59,6 +59,48 @@ def test_a_plain_graph_is_left_alone():
     assert str(t.gm.graph) == text
 
 
+# ------------------------------------------------------------------------------- empty casts
+
+
+def to(m, x):
+    return x + m.a(x.to(torch.float32))
+
+
+def named(m, x):
+    return x.float() + m.a(x).float()
+
+
+def read_and_written(m, x):
+    y = m.a(x)
+    same = y.to(torch.float32)
+    same += x
+    return y, same
+
+
+@pytest.mark.parametrize("capture", [traced, exported], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("forward", [to, named, read_and_written], ids=lambda f: f.__name__)
+def test_a_cast_to_the_same_dtype_goes(capture, forward):
+    t = canonical(capture(Model(forward), torch.randn(2, 4)))
+    assert not {"to", "float", "_assert_tensor_metadata"} & set(t.ops())
+
+
+@pytest.mark.parametrize("capture", [traced, exported], ids=lambda f: f.__name__)
+def test_a_cast_that_changes_or_copies_stays(capture):
+    def forward(m, x):
+        copy = x.to(torch.float32, copy=True)
+        copy *= 2.0
+        return m.a(copy).to(torch.float64), x.double(), x
+
+    t = capture(Model(forward), torch.randn(2, 4))
+    casts = [name for name in t.ops() if name in ("to", "double", "_to_copy")]
+    assert len(casts) == 3
+    outputs = t.run()
+    canonicalize_pass(t.gm, ())
+    assert [name for name in t.ops() if name in casts] == casts
+    for was, now in zip(outputs, t.run(), strict=True):
+        torch.testing.assert_close(now, was, rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------ in-place forms
 
 
