@@ -1,13 +1,13 @@
 """Hand-written hyper-connections: backend "mhc" against plain Inductor, on the CPU.
 
-    python -m benchmarks.chains [--only site model] [--iters 20] [--repeat 20] [--json FILE]
+    python -m benchmarks.chains [--only site trunk model] [--iters 20] [--repeat 20] [--json FILE]
 
-Two subjects: one site as transformers' DeepSeek-V4 writes it (its module, a pointwise branch, the
-merge), and a training step of a small ``DeepseekV4ForCausalLM``. Both run by turns in one process
-on one thread: with ``torch.compile(model)``, and with ``torch.compile(model, backend="mhc")``,
-which recognises the site and is told nothing; once as it is by default, which saves memory by
-recomputing, and once keeping everything. What no backend can save is the rest of the model: its
-branches on plain residual adds, through Inductor.
+Three subjects: one site as transformers' DeepSeek-V4 writes it (its module, a pointwise branch, the
+merge), a trunk of four of them, and a training step of a small ``DeepseekV4ForCausalLM``. Each runs
+by turns in one process on one thread: with ``torch.compile(model)``, and with
+``torch.compile(model, backend="mhc")``, which recognises the sites and is told nothing; once as it
+is by default, which saves memory by recomputing, and once keeping everything. What no backend can
+save is the rest of the model: its branches on plain residual adds, through Inductor.
 Times are CPU time of the thread. Compilation is the first step in a new process whose caches are
 empty but for what Inductor finds out about the machine at its first use, on the clock on the wall,
 for its C++ compilers are other processes; ``--compile`` says how often. The number of graph nodes
@@ -103,9 +103,9 @@ Step = Callable[[Any], object]
 """Forward and backward through a compiled model."""
 
 
-def site_subject(options: argparse.Namespace) -> tuple[nn.Module, Step]:
-    """The site, and the gradients of its state and parameters for a given gradient."""
-    model = SiteStep(options.width, 4, options.iters)
+def sites_subject(options: argparse.Namespace, sites: int) -> tuple[nn.Module, Step]:
+    """Some sites, and the gradients of their state and parameters for a given gradient."""
+    model = nn.Sequential(*(SiteStep(options.width, 4, options.iters) for _ in range(sites)))
     state = torch.randn(1, options.tokens, 4, options.width, requires_grad=True)
     leaves, grad = [state, *model.parameters()], torch.randn_like(state)
     return model, lambda call: torch.autograd.grad(call(state), leaves, grad)
@@ -132,7 +132,8 @@ def model_subject(options: argparse.Namespace) -> tuple[nn.Module, Step]:
 
 
 _SUBJECTS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
-    "site": site_subject,
+    "site": functools.partial(sites_subject, sites=1),
+    "trunk": functools.partial(sites_subject, sites=4),
     "model": model_subject,
 }
 _SIZES = {"width": 512, "tokens": 1024, "layers": 2, "iters": 20}
