@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from mhc_compile.kernels.constraints import constraint_of
 from mhc_compile.kernels.spec import SiteSpec
 from mhc_compile.passes.collectives import is_collective, is_wait, tensors
+from mhc_compile.passes.opnames import is_mhc
 from mhc_compile.passes.values import value_of
 
 
@@ -117,9 +118,9 @@ def node_seconds(node: Node, device: Device) -> float:
     if is_collective(node):
         return device.launch
     first, *_ = tensors(value_of(node))  # statistics behind it are float32 whatever it is
-    is_half = first.dtype.itemsize <= 2 and not _is_mhc(node)
+    is_half = first.dtype.itemsize <= 2 and not is_mhc(node)
     rate = device.half_flops if is_half else device.single_flops
-    launch = device.op_launch if _is_mhc(node) else device.launch
+    launch = device.op_launch if is_mhc(node) else device.launch
     return launch + max(node_flops(node) / rate, node_bytes(node) / device.bandwidth)
 
 
@@ -160,7 +161,7 @@ def node_flops(node: Node) -> int:
     Pointwise work and reductions are 0: their bytes take longer. So is a constraint of an mhc op:
     20 Sinkhorn steps at n = 4 are about 1300 operations a token, its projection 192 C.
     """
-    if _is_mhc(node):
+    if is_mhc(node):
         return _mhc_flops(node)
     formula = _FORMULAS.get(getattr(node.target, "overloadpacket", node.target))
     if formula is None:
@@ -192,10 +193,6 @@ def _plain(node: Node) -> Any:
         lambda tensor: torch.empty(_shape(tensor), dtype=tensor.dtype, device="meta"),
         value_of(node),
     )
-
-
-def _is_mhc(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.namespace == "mhc"
 
 
 def _mhc_flops(node: Node) -> int:

@@ -58,6 +58,11 @@ def op_name(node: Node) -> str:
     return _plain(raw_name(node))
 
 
+def is_mhc(node: Node) -> bool:
+    """Whether the node is one of our operators."""
+    return isinstance(node.target, OpOverload) and node.target.namespace == "mhc"
+
+
 def is_in_place(node: Node) -> bool:
     """Whether the node writes its first argument: ``x += f``, ``relu(x, inplace=True)``."""
     name = raw_name(node)

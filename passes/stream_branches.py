@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from mhc_compile.passes.collectives import is_collective, is_wait
-from mhc_compile.passes.opnames import op_name, two_inputs
+from mhc_compile.passes.opnames import is_mhc, op_name, two_inputs
 from mhc_compile.passes.states import POST, PRE, SEAM, SEAM_NORM
 from mhc_compile.passes.stream_graph import kernel_inputs, kernel_users, launches, maker
 from mhc_compile.passes.values import carries_float
@@ -67,11 +67,6 @@ def side_kernels(graph: Graph) -> set[Node]:
             if serves_only or is_entry:
                 chosen.add(node)
     return chosen
-
-
-def is_mhc(node: Node) -> bool:
-    """Whether the node is one of our operators."""
-    return isinstance(node.target, OpOverload) and node.target.namespace == "mhc"
 
 
 def _is_sum_of_states(node: Node) -> bool:

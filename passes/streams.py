@@ -24,9 +24,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from mhc_compile.passes.collectives import is_collective
 from mhc_compile.passes.estimate import H100, Device, node_seconds, transfer_seconds
 from mhc_compile.passes.happens_before import check_program
+from mhc_compile.passes.opnames import is_mhc
 from mhc_compile.passes.schedule import reorder
 from mhc_compile.passes.simulate import Costs, Timeline, simulate
-from mhc_compile.passes.stream_branches import is_mhc, side_kernels
+from mhc_compile.passes.stream_branches import side_kernels
 from mhc_compile.passes.stream_graph import launches, steps_of
 from mhc_compile.passes.stream_order import deferred_order
 from mhc_compile.passes.stream_program import MAIN, Launch, Program, synchronize
