@@ -4,6 +4,7 @@ A state has an axis of 2 to 16 streams along which something sums products, or t
 an axis of channels that the weights do not have. Most of these are no states: reading on decides.
 """
 
+import math
 from collections.abc import Iterator
 
 from torch.fx import Node
@@ -133,13 +134,27 @@ def _origin(node: Node, stream: int, channel: int) -> State:
         if order is not None:
             stream, channel = order[stream], order[channel]
         elif name in LAYOUT:
-            here = [i for i, size in enumerate(dims(node)) if size != 1]
-            there = [i for i, size in enumerate(dims(source)) if size != 1]
-            if [dims(node)[i] for i in here] != [dims(source)[i] for i in there]:
+            streams, channels = (_kept(node, axis, source) for axis in (stream, channel))
+            if streams is None or channels is None:
                 return node, stream, channel
-            if stream not in here or channel not in here:
+            if _merges(node, source) and _is_read_twice(node):
                 return node, stream, channel
-            stream, channel = there[here.index(stream)], there[here.index(channel)]
+            stream, channel = streams, channels
         elif name not in CAST:
             return node, stream, channel
         node = source
+
+
+def _merges(view: Node, source: Node) -> bool:
+    """Whether a view has other axes than its source, not counting those of size 1."""
+    return [s for s in dims(view) if s != 1] != [s for s in dims(source) if s != 1]
+
+
+def _kept(view: Node, axis: int, source: Node) -> int | None:
+    """The axis of ``source`` that a view of it shows as one of its own; None if it is none."""
+    sizes, wanted = dims(view), dims(source)
+    before = math.prod(sizes[:axis])
+    for place, size in enumerate(wanted):
+        if size == sizes[axis] != 1 and math.prod(wanted[:place]) == before:
+            return place
+    return None

@@ -338,6 +338,27 @@ def _logsumexp(scope: Scope, node: Node) -> Value:
     return total.map(scope.terms.log)
 
 
+_WHERE = ("condition", "input", "other")
+
+
+def _guarded(scope: Scope, node: Node) -> Value:
+    """``where(|m| == inf, 0, m)`` is m for finite logits; so ATen decomposes logsumexp."""
+    condition, instead, value = (argument(node, i, name) for i, name in enumerate(_WHERE))
+    known = scope.value(value)
+    size = first_input(condition) if isinstance(condition, Node) else None
+    if (
+        known is None
+        or not isinstance(condition, Node)
+        or (op_name(condition), *condition.args[1:]) != ("eq", math.inf)
+        or size is None
+        or (op_name(size), first_input(size)) != ("abs", value)
+        or not isinstance(instead, Node)
+        or (op_name(instead), *instead.args[:1]) != ("scalar_tensor", 0.0)
+    ):
+        raise NotExpressible("a choice")
+    return known
+
+
 def _norm_of(scope: Scope, value: Value, order: Any, axes: Sequence[int], keep: bool) -> Value:
     if order == 1:
         return summed(scope.terms, value.map(scope.terms.absolute), axes, keep)
@@ -414,7 +435,8 @@ _RULES: dict[str, Rule] = {
     "clamp": _clamped, "clamp_min": _clamped,
     "sum": _summed, "mean": _mean, "amax": _largest, "max": _largest,
     "softmax": _softmax, "_softmax": _softmax, "log_softmax": _log_softmax,
-    "_log_softmax": _log_softmax, "logsumexp": _logsumexp, "normalize": _normalized,
+    "_log_softmax": _log_softmax, "logsumexp": _logsumexp, "where": _guarded,
+    "normalize": _normalized,
     "linalg_vector_norm": _vector_norm, "norm": _vector_norm, "rms_norm": _rms_norm,
     "linear": linear, "einsum": einsum,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv"), _product),

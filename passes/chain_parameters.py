@@ -121,19 +121,23 @@ class Parameters:
 
     def _channels_last(self, node: Node) -> tuple[Node, tuple[int, ...], list[int]]:
         """The tensor with its channels last, its sizes, and where each of its vectors went."""
-        axes = self.scope.adopted[node]
-        at = next(i for i, dim in enumerate(axes) if any(a.kind == "channel" for a in dim))
-        if axes[at][-1].kind != "channel":
-            raise Refused("its projection takes channels and streams in another order")
-        order = [*(i for i in range(len(axes)) if i != at), at]
+        axes, sizes = self.scope.adopted[node], dims(node)
         source = self._ready(node)
+        at = next(i for i, dim in enumerate(axes) if any(a.kind == "channel" for a in dim))
+        if axes[at][-1].kind != "channel":  # streams vary faster: an axis for each
+            parts = axes[at]
+            axes = (*axes[:at], *((atom,) for atom in parts), *axes[at + 1 :])
+            split = (*sizes[:at], *(atom.size for atom in parts), *sizes[at + 1 :])
+            source, sizes = self._reshaped(source, sizes, split), split
+            at += next(i for i, atom in enumerate(parts) if atom.kind == "channel")
+        order = [*(i for i in range(len(axes)) if i != at), at]
         if order != sorted(order):
             source = (
                 self._transpose(source)
                 if len(order) == 2
                 else self.emitter.call(torch.permute, source, tuple(order))
             )
-        return source, tuple(dims(node)[i] for i in order), _places(axes, order)
+        return source, tuple(sizes[i] for i in order), _places(axes, order)
 
     def _width(self) -> int:
         assert self.scope.channels is not None

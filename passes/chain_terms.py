@@ -65,7 +65,17 @@ class Terms:
             if b.op == "const":
                 return self.const(a.args[0] + b.args[0])
             return b if a.args[0] == 0.0 else self.make("shift", b, a.args[0])
+        for number, other in ((a, b), (b, a)):
+            if number.op == "log" and (raised := self._raised(number.args[0], other)):
+                return self.log(self.total(map(self.exp, raised)))
         return self.total((a, b))
+
+    def _raised(self, total: Term, by: Term) -> list[Term]:
+        """The x of a sum of ``exp(x - by)``, of which ``log(sum) + by`` is the logarithm."""
+        members = total.args if total.op == "total" else (total,)
+        differences = [term.args[0] for term in members if term.op == "exp"]
+        found = [d.args[0] for d in differences if d.op == "sub" and d.args[1] is by]
+        return found if len(found) == len(members) else []
 
     def total(self, terms: Iterable[Term]) -> Term:
         """The sum of ``terms``, which are numbers."""

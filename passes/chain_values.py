@@ -221,18 +221,21 @@ def _is_whole(part: slice, size: Any) -> bool:
 
 
 def join(values: Sequence[Value], axis: int) -> Value:
-    """Concatenation along an enumerated axis."""
+    """Concatenation along an axis that is enumerated, or that holds the channels of each."""
     lead = [permute(value, _to_front(len(value.dims), axis)) for value in values]
-    rest = lead[0].dims[1:]
-    count = 0
-    items: tuple[Term, ...] = ()
-    for value in lead:
-        kinds = {atom.kind for atom in value.dims[0]}
-        if value.dims[1:] != rest or kinds - {"small"}:
-            raise NotExpressible("a concatenation of different axes")
-        count += math.prod(atom.size for atom in value.dims[0])
-        items += value.items
-    joined = Value((small(count), *rest), items)
+    first, rest = lead[0].dims[0], lead[0].dims[1:]
+    kinds = {atom.kind for value in lead for atom in value.dims[0]}
+    is_enumerated = not kinds - {"small"}
+    if any(value.dims[1:] != rest for value in lead) or not (
+        is_enumerated
+        or (kinds <= {"small", "channel"} and all(value.dims[0] == first for value in lead))
+    ):
+        raise NotExpressible("a concatenation of different axes")
+    if is_enumerated:
+        whole = small(sum(math.prod(atom.size for atom in value.dims[0]) for value in lead))
+    else:
+        whole = (*small(len(lead)), *first)
+    joined = Value((whole, *rest), tuple(item for value in lead for item in value.items))
     order = [*list(range(1, axis + 1)), 0, *list(range(axis + 1, len(joined.dims)))]
     return permute(joined, order)
 

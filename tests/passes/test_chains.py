@@ -66,6 +66,14 @@ def test_of_another_site_the_sinkhorn_alone_becomes_an_op(
     assert reason is None or any(reason in text for text in found.reasons)
 
 
+def test_a_state_whose_places_are_asked_for_is_read_on() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        places = torch.where(x[..., 0, 0])
+        return (x.softmax(-2) * x).sum(-2) + len(places)
+
+    assert rewritten(model, _state()).ops == []
+
+
 class _WithTeacher(nn.Module):
     """The same site twice, once without gradients."""
 
@@ -137,6 +145,20 @@ def test_a_whole_trunk_with_a_learned_head_becomes_six_ops() -> None:
     assert found.ops == ["expand", "pre", "post", "pre", "post", "collapse"]
     assert found.kinds == ["expand", "site", "site", "collapse"]
     assert all(chain.before > chain.after for chain in found.chains)
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "core ATen"])
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda kind: kind.__name__)
+def test_every_spelling_is_recognised_in_aten_too(spelling: type[Site], decomposed: bool) -> None:
+    model, x = spelling(), _state(dtype=torch.float32)
+    program = torch.export.export(model, (x,), strict=False)
+    if decomposed:
+        program = program.run_decompositions()
+    module, backend = program.module(check_guards=False), Rewritten()
+    assert isinstance(module, torch.fx.GraphModule)
+    backend.rewrite(module)
+    assert backend.ops == ["pre", "post"]
+    torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_exported_graph_is_rewritten_alike() -> None:
