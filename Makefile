@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint docs pictures clean
+.PHONY: demo test test-all models lint docs pictures clean
 
 # The graphs of a transformers GPT-2 before and after, then a short training of three small GPTs.
 # One thread: models this small gain little from two, and lose a lot where cores are shared.
@@ -27,6 +27,10 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[iree]'
 	$(PYTEST) -m "not gpu and not bench"
+
+# Every architecture of the zoo, for docs/models.md: an hour and more.
+models: $(STAMP)
+	$(BIN)/python -m tests.models.matrix --all
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
 """Every architecture of the zoo through one trial each, and the table of it in docs/models.md.
 
-    python -m tests.models.matrix [NAME ...] [--rows docs/models.json] [--table docs/models.md]
+    python -m tests.models.matrix [NAME ...] [--all] [--rows FILE] [--table FILE]
 
 Rows of models that are not named are kept, so that a long run can be cut and a new model added.
-Without names, all models run that have no row yet.
+Without names, all models run that have no row yet; with ``--all``, those that have one as well.
 """
 
 import argparse
@@ -191,12 +191,13 @@ def main() -> None:
     """Run the models that were asked for, and write rows and table after each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", choices=[[], *BUILDERS], metavar="NAME")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--rows", type=Path, default=Path("docs/models.json"))
     parser.add_argument("--table", type=Path, default=Path("docs/models.md"))
     options = parser.parse_args()
     stored = json.loads(options.rows.read_text()) if options.rows.exists() else []
     rows = {row["name"]: Row(**row) for row in stored if row["name"] in BUILDERS}
-    for name in options.names or [name for name in BUILDERS if name not in rows]:
+    for name in options.names or [name for name in BUILDERS if options.all or name not in rows]:
         rows[name] = run_row(name)
         print(_line(rows[name]), f"{rows[name].seconds} s", flush=True)
         ordered = [rows[name] for name in BUILDERS if name in rows]
