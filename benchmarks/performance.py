@@ -93,7 +93,7 @@ _PARTS = (
     _Part(
         "chains",
         "Hyper-connections written by hand",
-        (),
+        ("--only", "site", "model"),
         'Models that are hyper-connected already, through Inductor and through `backend="mhc"`: '
         "CPU milliseconds of a step of one thread. `compile_s` is the first step in a new process, "
         "kernels built and caches empty. `the rest alone` is the model with plain residual adds.",
