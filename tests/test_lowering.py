@@ -108,7 +108,7 @@ def test_inductor_keeps_the_order_and_its_settings() -> None:
     forward = next(text for text in code if text is not backward)
     assert "torch.ops.mhc.pre.default(" in window(forward)  # the mappings of the first site
     assert window(backward).count("extern_kernels.mm(") >= 2  # gradients of weights
-    assert "torch.ops.mhc.pre.default(" in window(backward)  # what the next block makes again
+    assert "torch.ops.mhc.replay.default(" in window(backward)  # what the next block makes again
 
 
 def window(code: str) -> str:
@@ -137,4 +137,4 @@ def test_a_result_in_the_cache_of_inductor_is_of_the_same_passes(tmp_path: Path)
     with fresh_cache(dir=str(tmp_path)):
         for key in ("one", "one", "two"):
             compile_with(key)
-    assert runs == ["one fw", "two fw"]
+    assert runs == ["one joint", "one fw", "two joint", "two fw"]
