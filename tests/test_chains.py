@@ -14,7 +14,7 @@ from mhc_compile.errors import MHCWarning
 from mhc_compile.passes.opnames import raw_name
 from mhc_compile.tables import report_text, summary_line
 from tests.passes.chain_graphs import compare, compare_gradients, run
-from tests.passes.hyper_spellings import EPS, C, DeepSeek, N, Site
+from tests.passes.hyper_spellings import EPS, C, DeepSeek, Distilled, N, Site
 
 
 class Hyper(nn.Module):
@@ -90,24 +90,9 @@ def test_inference_takes_the_ops_as_well() -> None:
         compare(_compiled(model)(x), model(x), 2e-6)
 
 
-class Distilled(nn.Module):
-    """A student that is held against itself without gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hyper = Hyper()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            target = self.hyper(x)
-        out = self.hyper(x)
-        assert isinstance(out, torch.Tensor)
-        return out * (out - target + 1.0)
-
-
 def test_a_teacher_under_no_grad_is_recognised_too_and_gets_no_gradient() -> None:
-    _same(Distilled(), _input())
-    report = mhc_compile.explain(Distilled(), _input())
+    _same(Distilled(Hyper()), _input())
+    report = mhc_compile.explain(Distilled(Hyper()), _input())
     assert [chain.kind for chain in report.chains] == ["expand", "site", "site", "collapse"] * 2
 
 

@@ -398,3 +398,18 @@ class MatrixWithoutGradient(Site):
     def mixing(self, h: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return super().mixing(h)
+
+
+class Distilled(nn.Module):
+    """A student that is held against itself without gradients."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.student(x)
+        out = self.student(x)
+        assert isinstance(out, torch.Tensor)
+        return out * (out - target + 1.0)
