@@ -73,15 +73,10 @@ def assert_same(
 def compare_gradients(
     mine: Sequence[torch.Tensor | None], right: Sequence[torch.Tensor | None], tolerance: float
 ) -> None:
-    """`compare`, for each; a gradient that should be zero is rounding noise of the others.
-
-    That of a single number is one sum over all tokens and channels, and may cancel.
-    """
+    """`compare`, for each; a gradient that should be zero is rounding noise of the others."""
     largest = max(g.norm().item() for g in right if g is not None)
     for my_gradient, right_gradient in zip(mine, right, strict=True):
-        cancels = right_gradient is not None and right_gradient.numel() == 1
-        floor = (1e-1 if cancels else 1e-2) * largest
-        compare(my_gradient, right_gradient, tolerance, floor)
+        compare(my_gradient, right_gradient, tolerance, floor=1e-2 * largest)
 
 
 def run(
